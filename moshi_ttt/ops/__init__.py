@@ -1,0 +1,1 @@
+"""The equations, as pure functions on tensors. No nn.Module, no Moshi."""

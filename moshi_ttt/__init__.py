@@ -1,0 +1,1 @@
+"""Moshi with a memory that learns while it listens."""

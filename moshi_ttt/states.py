@@ -1,0 +1,85 @@
+"""Save, restore and reset what the memories of a model have learned, on any spliced model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from moshi_ttt.block import HybridSeqModelingBlock
+
+TTTStates = dict[str, Any]
+"""Block name -> that block's saved state (see `HybridSeqModelingBlock.save_ttt_states`)."""
+
+
+def ttt_blocks(model: nn.Module) -> dict[str, HybridSeqModelingBlock]:
+    """The memory blocks under a model, by their names relative to it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    blocks = {n: m for n, m in model.named_modules() if isinstance(m, HybridSeqModelingBlock)}
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no memory: splice one in first")
+    return blocks
+
+
+def save_ttt_states(model: nn.Module) -> TTTStates:
+    """Copy the fast weights and all that goes with them, of streams and of training lanes.
+
+    The copies share no storage with the model: what it does next leaves them as they are.
+    """
+    return {name: block.save_ttt_states() for name, block in ttt_blocks(model).items()}
+
+
+def restore_ttt_states(model: nn.Module, saved: TTTStates) -> None:
+    """Put saved states back, exactly, in the middle of a chunk too.
+
+    A stream's tensors are written in place, so captured CUDA graphs go on seeing them; lanes get
+    new values, so a backward still to come sees the old ones.
+
+    Raises:
+        ValueError: the states are of another model or configuration; nothing was touched.
+    """
+    blocks = ttt_blocks(model)
+    missing, extra = sorted(set(blocks) - set(saved)), sorted(set(saved) - set(blocks))
+    if missing or extra:
+        raise ValueError(f"saved states lack the blocks {missing} and have unknown ones {extra}")
+    for name, block in blocks.items():
+        block.check_ttt_states(saved[name], name)
+    for name, block in blocks.items():
+        block.restore_ttt_states(saved[name])
+
+
+@contextmanager
+def preserved_ttt_states(model: nn.Module) -> Iterator[None]:
+    """Whatever happens inside, the memories are afterwards as they were before."""
+    saved = save_ttt_states(model)
+    try:
+        yield
+    finally:
+        restore_ttt_states(model, saved)
+
+
+def reset_ttt_states(model: nn.Module, mask: Tensor | None = None) -> None:
+    """Put rows (`mask` [B], default all) back to W0."""
+    for block in ttt_blocks(model).values():
+        block.reset_ttt_states(mask)
+
+
+def attach_ttt_states(model: nn.Module, batch_size: int) -> None:
+    """Carry the state from one training call to the next, one lane a row, starting at W0.
+
+    Raises:
+        ValueError: the configuration says `persistent_states: false`.
+    """
+    for block in ttt_blocks(model).values():
+        block.attach_lanes(batch_size)
+
+
+def detach_ttt_states(model: nn.Module) -> None:
+    """Let every training call start from W0."""
+    for block in ttt_blocks(model).values():
+        block.detach_lanes()

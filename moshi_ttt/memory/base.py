@@ -1,0 +1,205 @@
+"""Slow weights around one op: projections, short convolution, inner learning rates, output norm.
+
+A memory reads frames `x [B, T, width]` and returns as many, and carries a `MemoryState` that the
+caller keeps: `forward` takes it and returns the next (training, several frames at once), `step`
+writes it in place (one frame of a stream). Both compute the same function.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moshi_ttt.config import TTTConfig
+from moshi_ttt.ops.norm import EPS
+
+
+class MemoryState(NamedTuple):
+    """What one memory carries from call to call; batch first, float32 (float64 in a double module).
+
+    Attributes:
+        fast: the op's own state: fast weights, unfinished chunk, position.
+        conv: `[B, conv_width - 1, 2 * inner]`, the last projected frames of q and k, before the
+            convolution.
+    """
+
+    fast: Any
+    conv: Tensor
+
+
+class Memory(nn.Module):
+    """One memory layer, `y = Wo RMSNorm(o)` with `o` the op's output (arXiv:2407.04620).
+
+    q and k are projected, pass a causal depthwise convolution each (with bias, no activation) and
+    are L2-normalised per head; v is projected. The inner learning rate of a frame and head is
+    `eta = base_lr * lr_scale * sigmoid(x . w + b) / D`.
+
+    The four projections compute in the dtype of `x`, everything else in float32 (float64 once the
+    module is `.double()`). Parameters below float32, as after `.to(torch.bfloat16)`, are raised
+    before use, and the state never is below float32; `cast_projections` makes only the projections
+    small, which loses nothing of the rest.
+
+    Args:
+        width: channels of a frame; `D = width // num_heads` is the width of a head.
+        num_heads: heads, H.
+        config: chunk size, learning rate, decay, convolution.
+
+    Attributes:
+        lr_scale: factor on the inner learning rate, for its warm-up; not saved.
+
+    Raises:
+        ValueError: `width` is not a multiple of `num_heads`.
+    """
+
+    op: ClassVar[ModuleType]
+    lr_scale: float
+
+    def __init__(self, width: int, num_heads: int, config: TTTConfig) -> None:
+        super().__init__()
+        if num_heads < 1 or width % num_heads:
+            raise ValueError(f"width {width} is not divisible by num_heads {num_heads}")
+        assert config.base_lr is not None
+        self.width, self.num_heads, self.head_dim = width, num_heads, width // num_heads
+        self.config = config
+        self.base_lr, self.lr_scale = config.base_lr, 1.0
+        H, D = num_heads, self.head_dim
+        self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+        for proj in (self.qkv_proj, self.o_proj):
+            nn.init.normal_(proj.weight, std=width**-0.5)
+        bound = config.conv_width**-0.5
+        self.conv_weight = nn.Parameter(
+            torch.empty(2 * width, config.conv_width).uniform_(-bound, bound)
+        )
+        self.conv_bias = nn.Parameter(torch.empty(2 * width).uniform_(-bound, bound))
+        self.lr_weight = nn.Parameter(torch.randn(H, width) * 0.02)
+        self.lr_bias = nn.Parameter(torch.zeros(H))
+        self.gamma = nn.Parameter(torch.ones(H, D))
+        self.beta = nn.Parameter(torch.zeros(H, D))
+        self.delta = nn.Parameter(torch.zeros(config.chunk_size))
+        self.out_scale = nn.Parameter(torch.ones(H, D))
+        self.decay_logit = None
+        if config.decay > 0:
+            logit = math.log(config.decay) - math.log1p(-config.decay)
+            self.decay_logit = nn.Parameter(torch.full((H,), logit))
+
+    def params(self) -> Any:
+        """The op's `Params`, in float32 or better."""
+        raise NotImplementedError
+
+    def cast_projections(self, dtype: torch.dtype) -> Memory:
+        """Store the projections of q, k, v and the output in `dtype`, and nothing else."""
+        for proj in (self.qkv_proj, self.o_proj):
+            proj.to(dtype)
+        return self
+
+    def init_state(self, batch_size: int) -> MemoryState:
+        """The state before the first frame; differentiable in `W0`."""
+        fast = self.op.init_state(self.params(), batch_size)
+        rows = self.config.conv_width - 1
+        return MemoryState(fast, fast.k.new_zeros(batch_size, rows, 2 * self.width))
+
+    def forward(
+        self, x: Tensor, state: MemoryState, lengths: Tensor | None = None
+    ) -> tuple[Tensor, MemoryState]:
+        """Pass T frames and return their outputs and the next state; `state` is not written.
+
+        Args:
+            x: `[B, T, width]`, any T.
+            state: the state before the first of them; rows may be at different positions.
+            lengths: `[B]` int64, frames that exist in each row (the first ones); None is all.
+                Outputs of the others are 0.
+
+        Returns:
+            `[B, T, width]` in the dtype of `x`, and the new state.
+
+        Raises:
+            ValueError: a length outside 0..T.
+        """
+        dtype = state.conv.dtype
+        qk, v = self._project(x, dtype)
+        frames = torch.cat([state.conv, qk], 1)
+        q, k = self._convolve(frames)
+        o, fast = self.op.chunk(self.params(), state.fast, q, k, v, self._eta(x, dtype), lengths)
+        keep = self.config.conv_width - 1
+        if lengths is None:
+            conv = frames[:, x.shape[1] :].clone()
+        else:
+            rows = lengths.view(-1, 1) + torch.arange(keep, device=x.device)
+            conv = frames.gather(1, rows.unsqueeze(-1).expand(-1, -1, frames.shape[-1]))
+        return self._output(o, x.dtype), MemoryState(fast, conv)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: MemoryState, exec_mask: Tensor | None = None) -> Tensor:
+        """Pass one frame of a stream; the state is written in place. No gradients.
+
+        Capturable in a CUDA graph: no position is read on the host.
+
+        Args:
+            x: `[B, 1, width]`.
+            state: keeps its storage.
+            exec_mask: `[B]` bool, rows that have a frame; the others keep their state exactly and
+                their output means nothing. None is all.
+
+        Returns:
+            `[B, 1, width]` in the dtype of `x`.
+        """
+        dtype = state.conv.dtype
+        qk, v = self._project(x, dtype)
+        frames = torch.cat([state.conv, qk], 1)
+        q, k = self._convolve(frames)
+        o = self.op.step(self.params(), state.fast, q, k, v, self._eta(x, dtype), exec_mask)
+        conv = frames[:, 1:]
+        if exec_mask is not None:
+            conv = torch.where(exec_mask.view(-1, 1, 1), conv, state.conv)
+        state.conv.copy_(conv)
+        return self._output(o, x.dtype)
+
+    @torch.no_grad()
+    def reset_state(self, state: MemoryState, mask: Tensor) -> None:
+        """Put the rows of `mask` (`[B]` bool) back to `W0` at position 0, in place."""
+        fresh = self.init_state(state.conv.shape[0])
+        for old, new in zip((*state.fast, state.conv), (*fresh.fast, fresh.conv), strict=True):
+            old.copy_(torch.where(mask.view(-1, *[1] * (old.dim() - 1)), new.to(old), old))
+
+    def _project(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The q and k before the convolution `[B, T, 2 * width]`, and v `[B, H, T, D]`."""
+        qkv = F.linear(x, self.qkv_proj.weight.to(x.dtype)).to(dtype)
+        qk, v = qkv.split([2 * self.width, self.width], -1)
+        return qk, v.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _convolve(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, conv_width - 1 + T, 2 * width]` -> normalised q and k, `[B, H, T, D]` each."""
+        taps = self.conv_weight.to(frames.dtype)
+        T = frames.shape[1] - taps.shape[1] + 1
+        y = self.conv_bias.to(frames.dtype)
+        for j in range(taps.shape[1]):
+            y = torch.addcmul(y, frames[:, j : j + T], taps[:, j])
+        y = F.normalize(y.unflatten(-1, (2, self.num_heads, -1)), dim=-1, eps=EPS)
+        q, k = y.permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k
+
+    def _eta(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Inner learning rates `[B, H, T]`."""
+        gate = F.linear(x.to(dtype), self.lr_weight.to(dtype), self.lr_bias.to(dtype))
+        return torch.sigmoid(gate).mT * (self.base_lr * self.lr_scale / self.head_dim)
+
+    def _output(self, o: Tensor, dtype: torch.dtype) -> Tensor:
+        """`Wo (scale * o / sqrt(mean(o^2) + eps))`, per head: `[B, H, T, D]` -> `[B, T, width]`."""
+        scale = self.out_scale.to(o.dtype).unsqueeze(1)
+        o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + EPS) * scale
+        return F.linear(o.transpose(1, 2).flatten(2).to(dtype), self.o_proj.weight.to(dtype))
+
+    def _decay(self) -> Tensor | None:
+        """Decay per head, `[H]`, or None for plain TTT."""
+        return None if self.decay_logit is None else torch.sigmoid(full(self.decay_logit))
+
+
+def full(x: Tensor) -> Tensor:
+    """`x` in float32, or as it is if that is float64."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

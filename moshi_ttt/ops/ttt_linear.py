@@ -1,0 +1,259 @@
+"""TTT-Linear (arXiv:2407.04620): a memory that is one linear map, `f(x) = x W1 + b1`.
+
+With the key k and the target r = v - k of a frame, the inner loss is `1/2 ||LN(f(k)) - r||^2`, its
+gradient g at `f(k)` is taken at the chunk-start weights, and frame t of a chunk reads
+
+    W_t = W - tau_t * sum_{s<=t} eta_s g_s,        o_t = q_t + LN(f_{W_t}(q_t))
+
+where `tau_t = max(0, 1/(t+1) + delta_t)`. The weights of the last frame are carried to the next
+chunk, moved towards their start: `W <- W_{C-1} - decay (W_{C-1} - W0)`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moshi_ttt.ops.grid import Grid, position_scale
+from moshi_ttt.ops.norm import inner_gradient, normalise
+
+
+class Params(NamedTuple):
+    """What outer training learns of the memory.
+
+    Attributes:
+        W1: `[H, D, D]`, start of the map (in, out).
+        b1: `[H, D]`, start of its bias.
+        gamma: `[H, D]`, scale of the layer norm.
+        beta: `[H, D]`, offset of the layer norm.
+        delta: `[C]`, learned part of the position scale; its length is the chunk size.
+        decay: `[H]` in [0, 1), pull towards the start at each write; None is plain TTT.
+    """
+
+    W1: Tensor
+    b1: Tensor
+    gamma: Tensor
+    beta: Tensor
+    delta: Tensor
+    decay: Tensor | None
+
+
+class State(NamedTuple):
+    """Fast weights and the unfinished chunk; float32 or float64.
+
+    Attributes:
+        W1: `[B, H, D, D]`, chunk-start weights.
+        b1: `[B, H, D]`.
+        k: `[B, H, C, D]`, keys of the unfinished chunk; rows from `pos % C` on hold nothing.
+        g1: `[B, H, C, D]`, rows `eta * g`.
+        pos: `[B]` int64, frames since the row's last reset.
+    """
+
+    W1: Tensor
+    b1: Tensor
+    k: Tensor
+    g1: Tensor
+    pos: Tensor
+
+
+def init_state(params: Params, batch_size: int) -> State:
+    """The memory before its first frame: `W0`, nothing written. Differentiable in `W0`.
+
+    Args:
+        params: as `Params`; below float32 they are raised to it.
+        batch_size: B, batch rows.
+
+    Returns:
+        A state in float32, float64 if the parameters are.
+    """
+    W1, b1 = (_raise(x).expand(batch_size, *x.shape).contiguous() for x in params[:2])
+    H, D = params.b1.shape
+    k = W1.new_zeros(batch_size, H, params.delta.shape[0], D)
+    pos = torch.zeros(batch_size, dtype=torch.int64, device=k.device)
+    return State(W1, b1, k, torch.zeros_like(k), pos)
+
+
+def chunk(
+    params: Params,
+    state: State,
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B H T D"],
+    v: Float[Tensor, "B H T D"],
+    eta: Float[Tensor, "B H T"],
+    lengths: Int[Tensor, " B"] | None = None,
+) -> tuple[Float[Tensor, "B H T D"], State]:
+    """Pass T frames, chunk by chunk (the dual form); differentiable in everything.
+
+        o = q + LN(q W1 + b1 - (E * (q k^T + 1)) g),  E_ts = tau_t eta_s for s <= t, else 0
+
+    Args:
+        params: as `Params`.
+        state: where each row stands; never written. Rows may be at different positions.
+        q: queries, L2-normalised.
+        k: keys, L2-normalised.
+        v: values.
+        eta: inner learning rates, all factors in it.
+        lengths: frames that exist in each row (the first ones); None means all T.
+
+    Returns:
+        The outputs, zero at frames that do not exist, and the state after the last frame. Both
+        have the state's dtype, float32 or float64, whatever that of the inputs.
+
+    Raises:
+        ValueError: a length outside 0..T.
+    """
+    B, H, T, D = q.shape
+    dtype = state.W1.dtype
+    grid = Grid.of(state.pos, H, params.delta.shape[0], T, lengths)
+    if grid.n == 0:
+        return q.new_zeros(q.shape, dtype=dtype), State(*(x.clone() for x in state))
+    q, k, v = grid.lay(q.to(dtype)), grid.lay(k.to(dtype), state.k), grid.lay(v.to(dtype))
+    eta = grid.lay(eta.to(dtype).unsqueeze(-1))
+
+    def per_row(x: Tensor) -> Tensor:  # [H, ...] -> [N, ...]
+        return x.to(dtype).expand(B, *x.shape).flatten(0, 1)
+
+    o, W1, b1, g1 = scan(
+        grid,
+        q,
+        k,
+        v,
+        eta,
+        position_scale(params.delta.to(dtype)),
+        per_row(params.gamma).unsqueeze(1),
+        per_row(params.beta).unsqueeze(1),
+        None if params.decay is None else per_row(params.decay).view(-1, 1, 1),
+        per_row(params.W1),
+        per_row(params.b1).unsqueeze(1),
+        state.W1.flatten(0, 1),
+        state.b1.flatten(0, 1).unsqueeze(1),
+        grid.keep_held(state.g1.flatten(0, 1)),
+    )
+    new = State(W1.view(B, H, D, D), b1.view(B, H, D), grid.tail(k), g1.view_as(state.g1), grid.pos)
+    return grid.pick(o), new
+
+
+def scan(
+    grid: Grid,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    tau: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    decay: Tensor | None,
+    W1_0: Tensor,
+    b1_0: Tensor,
+    W1: Tensor,
+    b1: Tensor,
+    g1_held: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The chunks in turn, through plain autograd."""
+    from moshi_ttt.ops.norm import EPS
+
+    def ln(z: Tensor) -> tuple[Tensor, Tensor]:
+        c = z - z.mean(-1, keepdim=True)
+        rstd = (c.square().mean(-1, keepdim=True) + EPS).rsqrt()
+        return c * rstd, rstd
+
+    C = grid.C
+    lower = torch.ones(C, C, dtype=q.dtype, device=q.device).tril() * tau.unsqueeze(1)
+    os, g1_last = [], torch.zeros_like(g1_held)
+    for i in range(grid.n):
+        xh, rstd = ln(torch.baddbmm(b1, k[i], W1))
+        u = gamma * (gamma * xh + beta - (v[i] - k[i]))
+        g = (u - u.mean(-1, keepdim=True) - xh * (u * xh).mean(-1, keepdim=True)) * rstd
+        G1 = eta[i] * g
+        if i == 0:
+            G1 = G1 + g1_held
+        A1 = lower * (q[i] @ k[i].mT + 1)
+        xh, _ = ln(torch.baddbmm(b1, q[i], W1) - A1 @ G1)
+        os.append(q[i] + gamma * xh + beta)
+        if grid.start is not None:
+            if i == grid.n - 1 and grid.leftover:
+                g1_last = G1
+        else:
+            g1_last = torch.where(grid.last[i], G1, g1_last)
+        if i < grid.writes:
+            new = [W1 - tau[-1] * (k[i].mT @ G1), b1 - tau[-1] * G1.sum(1, keepdim=True)]
+            if decay is not None:
+                new = [n - decay * (n - z) for n, z in zip(new, (W1_0, b1_0), strict=True)]
+            mask = grid.write_mask(i)
+            if mask is not None:
+                new = [torch.where(mask, n, o) for n, o in zip(new, (W1, b1), strict=True)]
+            W1, b1 = new
+    if grid.writes == 0:
+        W1, b1 = W1.clone(), b1.clone()
+    return torch.stack(os), W1, b1, g1_last
+
+
+@torch.no_grad()
+def step(
+    params: Params,
+    state: State,
+    q: Float[Tensor, "B H 1 D"],
+    k: Float[Tensor, "B H 1 D"],
+    v: Float[Tensor, "B H 1 D"],
+    eta: Float[Tensor, "B H 1"],
+    exec_mask: Bool[Tensor, " B"] | None = None,
+) -> Float[Tensor, "B H 1 D"]:
+    """Pass one frame; the state is written in place. No gradients.
+
+    The low-rank form: the weights are only read, and the frame appends a row to the buffers,
+
+        o = q + LN(q W1 + b1 - tau_t (q . k_buf + 1) g1_buf)
+
+    until frame C-1 writes all C rows at once. On CUDA nothing depends on a position on the host,
+    so the call can be captured in a graph; there the write is a masked one at every frame.
+
+    Args:
+        params: as `Params`.
+        state: as `State`, contiguous; keeps its storage.
+        q: queries, L2-normalised.
+        k: keys, L2-normalised.
+        v: values.
+        eta: inner learning rates, all factors in it.
+        exec_mask: rows that have a frame; the others keep their state exactly, and their output
+            means nothing. None is all.
+
+    Returns:
+        The output, in the state's dtype.
+    """
+    dtype, C = state.W1.dtype, params.delta.shape[0]
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    gamma, beta = params.gamma.to(dtype).unsqueeze(1), params.beta.to(dtype).unsqueeze(1)
+    t = (state.pos % C).view(-1, 1, 1, 1)
+    slot = torch.arange(C, device=t.device).view(-1, 1)
+    z, zq = (torch.cat([k, q], 2) @ state.W1 + state.b1.unsqueeze(2)).split(1, 2)
+    g, _ = inner_gradient(normalise(z), gamma * gamma, gamma * (beta - v + k))
+    here = slot == t if exec_mask is None else (slot == t) & exec_mask.view(-1, 1, 1, 1)
+    state.k.copy_(torch.where(here, k, state.k))
+    state.g1.copy_(torch.where(here, g * eta.to(dtype).unsqueeze(-1), state.g1))
+    tau = position_scale(params.delta.to(dtype))
+    a = (q @ state.k.mT + 1) * tau[t] * (slot <= t).mT
+    o = q + beta + gamma * normalise(zq - a @ state.g1).xh
+
+    write = t == C - 1 if exec_mask is None else (t == C - 1) & exec_mask.view(-1, 1, 1, 1)
+    if t.is_cuda or write.any():
+        scale = tau[-1] * write
+        decay = None if params.decay is None else params.decay.to(dtype).view(-1, 1, 1) * write
+        new = state.W1 - (scale * state.k).mT @ state.g1
+        bias = state.b1 - (scale * state.g1).sum(2)
+        if decay is not None:
+            new = torch.lerp(new, params.W1.to(dtype).expand_as(new), decay)
+            bias = torch.lerp(bias, params.b1.to(dtype).expand_as(bias), decay.squeeze(-1))
+        state.W1.copy_(new)
+        state.b1.copy_(bias)
+        for x in (state.k, state.g1):
+            x.copy_(x.masked_fill(write, 0))
+    state.pos.add_(1 if exec_mask is None else exec_mask.to(state.pos))
+    return o
+
+
+def _raise(x: Tensor) -> Tensor:
+    """`x` in float32 or better."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

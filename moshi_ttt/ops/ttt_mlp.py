@@ -1,0 +1,311 @@
+"""TTT-MLP (arXiv:2407.04620): a memory that is a two-layer MLP.
+
+    f(x) = gelu_tanh(x W1 + b1) W2 + b2
+
+With the key k and the target r = v - k of a frame, the inner loss is `1/2 ||LN(f(k)) - r||^2`, its
+gradients g2 at `f(k)` and g1 at `k W1 + b1` are taken at the chunk-start weights, and frame t of a
+chunk reads
+
+    W_t = W - tau_t * sum_{s<=t} eta_s g_s,        o_t = q_t + LN(f_{W_t}(q_t))
+
+where `tau_t = max(0, 1/(t+1) + delta_t)`. The weights of the last frame are carried to the next
+chunk, moved towards their start: `W <- W_{C-1} - decay (W_{C-1} - W0)`, all four alike.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moshi_ttt.ops.grid import Grid, position_scale
+from moshi_ttt.ops.norm import gelu, gelu_pull, inner_gradient, normalise
+
+
+class Params(NamedTuple):
+    """What outer training learns of the memory.
+
+    Attributes:
+        W1: `[H, D, F]`, start of the first layer (in, out).
+        b1: `[H, F]`, start of its bias.
+        W2: `[H, F, D]`, start of the second layer.
+        b2: `[H, D]`, start of its bias.
+        gamma: `[H, D]`, scale of the layer norm.
+        beta: `[H, D]`, offset of the layer norm.
+        delta: `[C]`, learned part of the position scale; its length is the chunk size.
+        decay: `[H]` in [0, 1), pull towards the start at each write; None is plain TTT.
+    """
+
+    W1: Tensor
+    b1: Tensor
+    W2: Tensor
+    b2: Tensor
+    gamma: Tensor
+    beta: Tensor
+    delta: Tensor
+    decay: Tensor | None
+
+
+class State(NamedTuple):
+    """Fast weights and the unfinished chunk; float32 or float64.
+
+    Attributes:
+        W1: `[B, H, D, F]`, chunk-start weights.
+        b1: `[B, H, F]`.
+        W2: `[B, H, F, D]`.
+        b2: `[B, H, D]`.
+        k: `[B, H, C, D]`, keys of the unfinished chunk; rows from `pos % C` on hold nothing.
+        g1: `[B, H, C, F]`, rows `eta * g1`.
+        x2: `[B, H, C, F]`, rows `gelu(k W1 + b1)`.
+        g2: `[B, H, C, D]`, rows `eta * g2`.
+        pos: `[B]` int64, frames since the row's last reset.
+    """
+
+    W1: Tensor
+    b1: Tensor
+    W2: Tensor
+    b2: Tensor
+    k: Tensor
+    g1: Tensor
+    x2: Tensor
+    g2: Tensor
+    pos: Tensor
+
+
+def init_state(params: Params, batch_size: int) -> State:
+    """The memory before its first frame: `W0`, nothing written. Differentiable in `W0`.
+
+    Args:
+        params: as `Params`; below float32 they are raised to it.
+        batch_size: B, batch rows.
+
+    Returns:
+        A state in float32, float64 if the parameters are.
+    """
+    start = [_raise(x).expand(batch_size, *x.shape).contiguous() for x in params[:4]]
+    H, D, F = params.W1.shape
+    C = params.delta.shape[0]
+    k, g1, x2, g2 = (start[0].new_zeros(batch_size, H, C, width) for width in (D, F, F, D))
+    pos = torch.zeros(batch_size, dtype=torch.int64, device=k.device)
+    return State(*start, k, g1, x2, g2, pos)
+
+
+def chunk(
+    params: Params,
+    state: State,
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B H T D"],
+    v: Float[Tensor, "B H T D"],
+    eta: Float[Tensor, "B H T"],
+    lengths: Int[Tensor, " B"] | None = None,
+) -> tuple[Float[Tensor, "B H T D"], State]:
+    """Pass T frames, chunk by chunk (the dual form); differentiable in everything.
+
+        X2q = gelu(q W1 + b1 - (E * (q k^T + 1)) g1),   E_ts = tau_t eta_s for s <= t, else 0
+        o = q + LN(X2q W2 + b2 - (E * (X2q X2^T + 1)) g2),   X2 = gelu(k W1 + b1)
+
+    Args:
+        params: as `Params`.
+        state: where each row stands; never written. Rows may be at different positions.
+        q: queries, L2-normalised.
+        k: keys, L2-normalised.
+        v: values.
+        eta: inner learning rates, all factors in it.
+        lengths: frames that exist in each row (the first ones); None means all T.
+
+    Returns:
+        The outputs, zero at frames that do not exist, and the state after the last frame. Both
+        have the state's dtype, float32 or float64, whatever that of the inputs.
+
+    Raises:
+        ValueError: a length outside 0..T.
+    """
+    B, H, T, _ = q.shape
+    dtype = state.W1.dtype
+    grid = Grid.of(state.pos, H, params.delta.shape[0], T, lengths)
+    if grid.n == 0:
+        return q.new_zeros(q.shape, dtype=dtype), State(*(x.clone() for x in state))
+    q, k, v = grid.lay(q.to(dtype)), grid.lay(k.to(dtype), state.k), grid.lay(v.to(dtype))
+    eta = grid.lay(eta.to(dtype).unsqueeze(-1))
+
+    def per_row(x: Tensor) -> Tensor:  # [H, ...] -> [N, ...]
+        return x.to(dtype).expand(B, *x.shape).flatten(0, 1)
+
+    def weights(W1: Tensor, b1: Tensor, W2: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
+        return W1, b1.unsqueeze(1), W2, b2.unsqueeze(1)
+
+    o, W1, b1, W2, b2, g1, x2, g2 = scan(
+        grid,
+        q,
+        k,
+        v,
+        eta,
+        position_scale(params.delta.to(dtype)),
+        per_row(params.gamma).unsqueeze(1),
+        per_row(params.beta).unsqueeze(1),
+        None if params.decay is None else per_row(params.decay).view(-1, 1, 1),
+        *weights(*(per_row(x) for x in params[:4])),
+        *weights(*(x.flatten(0, 1) for x in state[:4])),
+        *(grid.keep_held(x.flatten(0, 1)) for x in (state.g1, state.x2, state.g2)),
+    )
+    new = (W1, b1, W2, b2, grid.tail(k), g1, x2, g2)
+    return grid.pick(o), State(*(x.view_as(y) for x, y in zip(new, state, strict=False)), grid.pos)
+
+
+def scan(
+    grid: Grid,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    tau: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    decay: Tensor | None,
+    W1_0: Tensor,
+    b1_0: Tensor,
+    W2_0: Tensor,
+    b2_0: Tensor,
+    W1: Tensor,
+    b1: Tensor,
+    W2: Tensor,
+    b2: Tensor,
+    g1_held: Tensor,
+    x2_held: Tensor,
+    g2_held: Tensor,
+) -> tuple[Tensor, ...]:
+    """The chunks in turn, through plain autograd."""
+    from moshi_ttt.ops.norm import EPS
+
+    def ln(z: Tensor) -> tuple[Tensor, Tensor]:
+        c = z - z.mean(-1, keepdim=True)
+        rstd = (c.square().mean(-1, keepdim=True) + EPS).rsqrt()
+        return c * rstd, rstd
+
+    def gelu_grad(x: Tensor) -> Tensor:
+        c = 0.7978845608028654
+        th = torch.tanh(c * x * (1 + 0.044715 * x * x))
+        return 0.5 * (1 + th) + 0.5 * c * x * (1 - th * th) * (1 + 3 * 0.044715 * x * x)
+
+    C = grid.C
+    lower = torch.ones(C, C, dtype=q.dtype, device=q.device).tril() * tau.unsqueeze(1)
+    os, start = [], (W1_0, b1_0, W2_0, b2_0)
+    last = tuple(torch.zeros_like(x) for x in (g1_held, x2_held, g2_held))
+    for i in range(grid.n):
+        Z1 = torch.baddbmm(b1, k[i], W1)
+        X2 = gelu(Z1)
+        xh, rstd = ln(torch.baddbmm(b2, X2, W2))
+        u = gamma * (gamma * xh + beta - (v[i] - k[i]))
+        g2 = (u - u.mean(-1, keepdim=True) - xh * (u * xh).mean(-1, keepdim=True)) * rstd
+        G1, G2 = eta[i] * (g2 @ W2.mT) * gelu_grad(Z1), eta[i] * g2
+        if i == 0 and grid.held is not None:
+            G1, G2, X2 = G1 + g1_held, G2 + g2_held, torch.where(grid.held, x2_held, X2)
+        A1 = lower * (q[i] @ k[i].mT + 1)
+        X2q = gelu(torch.baddbmm(b1, q[i], W1) - A1 @ G1)
+        A2 = lower * (X2q @ X2.mT + 1)
+        xh, _ = ln(torch.baddbmm(b2, X2q, W2) - A2 @ G2)
+        os.append(q[i] + gamma * xh + beta)
+        if grid.start is None or (i == grid.n - 1 and grid.leftover):
+            valid = grid.valid(i)
+            now = (G1, X2 if valid is None else torch.where(valid, X2, 0), G2)
+            if grid.last is not None:
+                now = tuple(torch.where(grid.last[i], x, y) for x, y in zip(now, last, strict=True))
+            last = now
+        if i < grid.writes:
+            old, up = (W1, b1, W2, b2), tau[-1]
+            new = (
+                W1 - up * (k[i].mT @ G1),
+                b1 - up * G1.sum(1, keepdim=True),
+                W2 - up * (X2.mT @ G2),
+                b2 - up * G2.sum(1, keepdim=True),
+            )
+            if decay is not None:
+                new = tuple(x - decay * (x - z) for x, z in zip(new, start, strict=True))
+            mask = grid.write_mask(i)
+            if mask is not None:
+                new = tuple(torch.where(mask, x, y) for x, y in zip(new, old, strict=True))
+            W1, b1, W2, b2 = new
+    if grid.writes == 0:
+        W1, b1, W2, b2 = (x.clone() for x in (W1, b1, W2, b2))
+    return torch.stack(os), W1, b1, W2, b2, *last
+
+
+@torch.no_grad()
+def step(
+    params: Params,
+    state: State,
+    q: Float[Tensor, "B H 1 D"],
+    k: Float[Tensor, "B H 1 D"],
+    v: Float[Tensor, "B H 1 D"],
+    eta: Float[Tensor, "B H 1"],
+    exec_mask: Bool[Tensor, " B"] | None = None,
+) -> Float[Tensor, "B H 1 D"]:
+    """Pass one frame; the state is written in place. No gradients.
+
+    The low-rank form: the weights are only read, and the frame appends a row to the buffers,
+
+        x2q = gelu(q W1 + b1 - tau_t (q . k_buf + 1) g1_buf)
+        o = q + LN(x2q W2 + b2 - tau_t (x2q . x2_buf + 1) g2_buf)
+
+    until frame C-1 writes all C rows at once. On CUDA nothing depends on a position on the host,
+    so the call can be captured in a graph; there the write is a masked one at every frame.
+
+    Args:
+        params: as `Params`.
+        state: as `State`, contiguous; keeps its storage.
+        q: queries, L2-normalised.
+        k: keys, L2-normalised.
+        v: values.
+        eta: inner learning rates, all factors in it.
+        exec_mask: rows that have a frame; the others keep their state exactly, and their output
+            means nothing. None is all.
+
+    Returns:
+        The output, in the state's dtype.
+    """
+    dtype, C = state.W1.dtype, params.delta.shape[0]
+    q, k, v, eta = q.to(dtype), k.to(dtype), v.to(dtype), eta.to(dtype).unsqueeze(-1)
+    gamma, beta = params.gamma.to(dtype).unsqueeze(1), params.beta.to(dtype).unsqueeze(1)
+    t = (state.pos % C).view(-1, 1, 1, 1)
+    slot = torch.arange(C, device=t.device).view(-1, 1)
+    z1, z1q = (torch.cat([k, q], 2) @ state.W1 + state.b1.unsqueeze(2)).split(1, 2)
+    x2 = gelu(z1)
+    z2 = x2 @ state.W2 + state.b2.unsqueeze(2)
+    g2, _ = inner_gradient(normalise(z2), gamma * gamma, gamma * (beta - v + k))
+    g1 = gelu_pull(g2 @ state.W2.mT, z1)
+    here = slot == t if exec_mask is None else (slot == t) & exec_mask.view(-1, 1, 1, 1)
+    rows = ((state.k, k), (state.g1, eta * g1), (state.x2, x2), (state.g2, eta * g2))
+    for buffer, row in rows:
+        buffer.copy_(torch.where(here, row, buffer))
+    tau = position_scale(params.delta.to(dtype))
+    seen = tau[t] * (slot <= t).mT
+    x2q = gelu(z1q - ((q @ state.k.mT + 1) * seen) @ state.g1)
+    z2q = x2q @ state.W2 + state.b2.unsqueeze(2) - ((x2q @ state.x2.mT + 1) * seen) @ state.g2
+    o = q + beta + gamma * normalise(z2q).xh
+
+    write = t == C - 1 if exec_mask is None else (t == C - 1) & exec_mask.view(-1, 1, 1, 1)
+    if t.is_cuda or write.any():
+        scale = tau[-1] * write
+        decay = None if params.decay is None else params.decay.to(dtype).view(-1, 1, 1) * write
+        new = [
+            state.W1 - (scale * state.k).mT @ state.g1,
+            state.b1 - (scale * state.g1).sum(2),
+            state.W2 - (scale * state.x2).mT @ state.g2,
+            state.b2 - (scale * state.g2).sum(2),
+        ]
+        for old, x, start in zip(state[:4], new, params[:4], strict=True):
+            if decay is not None:
+                pull = decay if x.dim() == 4 else decay.squeeze(-1)
+                x = torch.lerp(x, start.to(dtype).expand_as(x), pull)
+            old.copy_(x)
+        for buffer, _ in rows:
+            buffer.copy_(buffer.masked_fill(write, 0))
+    state.pos.add_(1 if exec_mask is None else exec_mask.to(state.pos))
+    return o
+
+
+def _raise(x: Tensor) -> Tensor:
+    """`x` in float32 or better."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

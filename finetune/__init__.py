@@ -1,0 +1,1 @@
+"""Training a Moshi with a memory on recordings."""

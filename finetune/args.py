@@ -1,0 +1,284 @@
+"""What a training run is told: moshi-finetune's keys, the memory's, and our own; all checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.checks import at_least, check, one_of, positive
+from finetune.yaml_config import Values
+from moshi_ttt.config import TTTConfig
+
+ALIASES = {"wandb_offline": "wandb.offline"}
+"""Names allowed on the command line -> the key they mean."""
+
+
+@dataclass(frozen=True)
+class ModelPaths:
+    """Where the base model is.
+
+    Attributes:
+        hf_repo_id: repository on the Hugging Face hub, or null if all four paths are given.
+        mimi_path: Mimi's weights.
+        moshi_path: the language model's weights.
+        tokenizer_path: the sentencepiece model of the text.
+        config_path: config.json of the language model.
+    """
+
+    hf_repo_id: str | None = "kyutai/moshiko-pytorch-bf16"
+    mimi_path: str | None = None
+    moshi_path: str | None = None
+    tokenizer_path: str | None = None
+    config_path: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        paths = ("moshi_path", "mimi_path", "tokenizer_path", "config_path")
+        missing = [p for p in paths if not getattr(self, p)]
+        check(
+            bool(self.hf_repo_id) or not missing,
+            f"hf_repo_id is null, so {', '.join(missing)} must be given too",
+        )
+
+
+@dataclass(frozen=True)
+class LoraArgs:
+    """Low-rank adapters on every Linear.
+
+    Attributes:
+        enable: train them.
+        rank: width of an adapter.
+        scaling: factor on what an adapter adds.
+        ft_embed: train the embeddings in full beside them.
+    """
+
+    enable: bool = False
+    rank: int = 64
+    scaling: float = 2.0
+    ft_embed: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        at_least(self, 1, "rank")
+        positive(self, "scaling")
+
+
+@dataclass(frozen=True)
+class DataArgs:
+    """What is trained and evaluated on.
+
+    Attributes:
+        train_data: manifests as `"a.jsonl:weight,b.jsonl"`; weight 1 where none is given.
+        eval_data: the same, held out.
+        shuffle: a new order of the segments in every epoch.
+        codes_cache: folder for Mimi's codes of whole recordings, made once.
+        mono_side: whose voice a mono recording is: `"moshi"` or `"user"`; the other is silent.
+        encode_workers: processes that encode; null is one per core.
+    """
+
+    train_data: str = ""
+    eval_data: str = ""
+    shuffle: bool = False
+    codes_cache: str = "data/codes"
+    mono_side: str = "moshi"
+    encode_workers: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check(bool(self.train_data.strip()), "train_data is empty: name a manifest (jsonl)")
+        check(bool(self.codes_cache), "codes_cache is empty: name a folder")
+        one_of(self, "mono_side", ("moshi", "user"))
+        at_least(self, 1, "encode_workers")
+
+    @property
+    def workers(self) -> int:
+        """Processes that encode."""
+        return self.encode_workers or os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class OptimArgs:
+    """AdamW and its schedule.
+
+    Attributes:
+        lr: highest learning rate of LoRA or of the base's own weights.
+        weight_decay: AdamW's, where decay applies.
+        pct_start: part of `max_steps` in which the rate rises, 0 to 1.
+        schedule: `"onecycle"` (as moshi-finetune) or `"cosine"` (linear rise, cosine to 0).
+        ttt_lr: highest learning rate of the memory's slow weights; null is `lr`.
+        gate_lr: highest learning rate of the gates; null is `lr`.
+        betas: AdamW's.
+    """
+
+    lr: float = 1e-4
+    weight_decay: float = 0.1
+    pct_start: float = 0.05
+    schedule: str = "onecycle"
+    ttt_lr: float | None = None
+    gate_lr: float | None = None
+    betas: tuple[float, float] = (0.9, 0.95)
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        positive(self, "lr", "ttt_lr", "gate_lr")
+        at_least(self, 0, "weight_decay", "pct_start")
+        check(self.pct_start < 1, f"pct_start must be below 1, got {self.pct_start}")
+        one_of(self, "schedule", ("onecycle", "cosine"))
+        ok = all(0 <= b < 1 for b in self.betas)
+        check(ok, f"betas must each be in [0, 1), got {list(self.betas)}")
+
+
+@dataclass(frozen=True)
+class WandbArgs:
+    """Weights & Biases; metrics go to JSONL in any case.
+
+    Attributes:
+        project: null is off.
+        run_name: null takes the run folder's name.
+        offline: write to disk only.
+        key: must stay empty; a key belongs in the environment, as WANDB_API_KEY.
+    """
+
+    project: str | None = None
+    run_name: str | None = None
+    offline: bool = False
+    key: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        # the key itself is kept out of the message
+        check(
+            not self.key,
+            "key must stay empty: a secret does not belong in a config file; "
+            "give it in the environment variable WANDB_API_KEY",
+        )
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """Evaluation beyond the attention window.
+
+    Attributes:
+        librilight_data: a folder in Libri-Light's layout or a manifest, scored when held-out data
+            is, and after training.
+        eval_after_training: score base and trained model when training ends.
+        max_items: at most that many recordings; null is all.
+        frames_per_call: frames of one call of the streaming model.
+    """
+
+    librilight_data: str | None = None
+    eval_after_training: bool = False
+    max_items: int | None = None
+    frames_per_call: int = 50
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        at_least(self, 1, "max_items", "frames_per_call")
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """A whole run. Lengths are in seconds, intervals in optimizer steps.
+
+    Attributes:
+        run_dir: where everything of the run goes.
+        overwrite_run_dir: move an older run aside instead of refusing.
+        ttt: the memory; null is none.
+        full_finetuning: train all of the base instead of LoRA.
+        duration_sec: length of a segment, what one step sees of a recording.
+        num_microbatches: batches whose gradients make one step.
+        max_norm: gradients are clipped to this norm.
+        ckpt_freq: steps between checkpoints; below 1 only the last is saved.
+        num_ckpt_keep: newest checkpoints kept; null is all.
+        save_adapters: false merges LoRA into the base when saving.
+        do_eval: score held-out data every `eval_freq` steps (below 1: only after the last).
+        param_dtype: compute dtype on CUDA; the CPU computes in float32.
+        first_codebook_weight_multiplier: weight of codebook 0 against each other codebook.
+        text_padding_weight: weight of a padding token in the text loss.
+
+    Raises:
+        UserError: a value out of range, keys that contradict each other, nothing to train.
+    """
+
+    data: DataArgs
+    run_dir: str
+    overwrite_run_dir: bool = False
+    seed: int = 0
+    moshi_paths: ModelPaths = field(default_factory=ModelPaths)
+    lora: LoraArgs = field(default_factory=LoraArgs)
+    ttt: TTTConfig | None = None
+    full_finetuning: bool = False
+    duration_sec: float = 10.0
+    batch_size: int = 1
+    num_microbatches: int = 1
+    max_steps: int = 100
+    max_norm: float = 1.0
+    optim: OptimArgs = field(default_factory=OptimArgs)
+    log_freq: int = 1
+    do_ckpt: bool = True
+    ckpt_freq: int = 0
+    num_ckpt_keep: int | None = 3
+    save_adapters: bool = True
+    do_eval: bool = False
+    eval_freq: int = 0
+    eval: EvalArgs = field(default_factory=EvalArgs)
+    param_dtype: str = "bfloat16"
+    first_codebook_weight_multiplier: float = 1.0
+    text_padding_weight: float = 0.5
+    gradient_checkpointing: bool = True
+    wandb: WandbArgs = field(default_factory=WandbArgs)
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check(bool(self.run_dir), "run_dir is empty: name a folder")
+        at_least(self, 0, "seed", "text_padding_weight")
+        at_least(self, 1, "batch_size", "num_microbatches", "max_steps", "log_freq")
+        at_least(self, 1, "num_ckpt_keep")
+        positive(self, "duration_sec", "max_norm", "first_codebook_weight_multiplier")
+        one_of(self, "param_dtype", ("bfloat16", "float32"))
+        full, lora = self.full_finetuning, self.lora
+        check(
+            not (full and lora.enable),
+            "full_finetuning and lora.enable contradict each other: both are true",
+        )
+        check(
+            full or lora.enable or not lora.ft_embed,
+            "lora.ft_embed needs lora.enable: one is true, the other false",
+        )
+        check(
+            full or lora.enable or self.ttt is not None,
+            "full_finetuning and lora.enable are false and ttt is null: nothing to train",
+        )
+        check(
+            not self.do_eval or bool(self.data.eval_data or self.eval.librilight_data),
+            "do_eval is true, but data.eval_data and eval.librilight_data are both empty",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The run as plain values; written as yaml, `load_args` reads the same run from it."""
+        values = asdict(self)
+        values["optim"]["betas"] = list(self.optim.betas)
+        values["ttt"] = self.ttt.to_dict() if self.ttt else None
+        return values
+
+
+def load_args(
+    path: str | os.PathLike[str], overrides: Mapping[str, object] | None = None
+) -> TrainArgs:
+    """Read a config and put overrides in.
+
+    Args:
+        path: a yaml file.
+        overrides: dotted key -> value, text or already typed: `{"ttt.layers": "every:4"}`. A whole
+            section can be switched: `{"ttt": "false"}`.
+
+    Raises:
+        UserError: every mistake in either, named by file and line or by `--key`.
+    """
+    values = Values.read(Path(path))
+    for key, value in (overrides or {}).items():
+        values.override(ALIASES.get(key, key), value)
+    return values.build(TrainArgs)

@@ -1,0 +1,168 @@
+"""Manifests and transcripts: what is read, and which file, line and value a mistake names."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+import soundfile
+
+from finetune.data.manifest import Source, parse_sources, read_manifest
+from finetune.data.transcript import Word, read_words
+from moshi_ttt.errors import UserError
+
+
+def wav(path, seconds=2.0, channels=2, rate=16_000):
+    rng = np.random.default_rng(0)
+    soundfile.write(path, 0.1 * rng.standard_normal((int(seconds * rate), channels)), rate)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "sound").mkdir()
+    wav(tmp_path / "sound/a.wav")
+    wav(tmp_path / "sound/b.wav", 1.0, channels=1)
+    return tmp_path
+
+
+def manifest(folder, *lines):
+    path = folder / "m.jsonl"
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines))
+    return path
+
+
+A = {"path": "sound/a.wav", "duration": 2.0}
+B = {"path": "sound/b.wav", "duration": 1.04}
+
+
+def test_paths_are_relative_to_the_manifest(folder):
+    a, b = read_manifest(manifest(folder, A, "", B))
+    assert (a.path, a.duration, a.channels) == (folder / "sound/a.wav", 2.0, 2)
+    assert (b.path, b.duration, b.channels) == (folder / "sound/b.wav", 1.0, 1)
+    assert b.where == f"{folder / 'm.jsonl'}:3"
+    absolute = {"path": str(folder / "sound/a.wav"), "duration": 2}
+    assert read_manifest(manifest(folder, absolute))[0].path == a.path
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{nonsense", "m.jsonl:2: not JSON"),
+        ("[1, 2]", "m.jsonl:2: no path in '[1, 2]'"),
+        ({"duration": 2.0}, "m.jsonl:2: no path in"),
+        ({"path": 3, "duration": 2.0}, "m.jsonl:2: no path in"),
+        ({"path": "sound/c.wav", "duration": 2.0}, "sound/c.wav: no such audio file"),
+        ({"path": "sound/a.wav"}, "m.jsonl:2: duration of 'sound/a.wav' must be a positive number"),
+        ({"path": "sound/a.wav", "duration": -2.0}, "must be a positive number of seconds, got -2"),
+        ({"path": "sound/a.wav", "duration": "2"}, "must be a positive number of seconds, got '2'"),
+        ({"path": "sound/a.wav", "duration": float("nan")}, "number of seconds, got nan"),
+        ({"path": "sound/a.wav", "duration": 2.2}, "is 2.2, but the audio has 2.000 s"),
+    ],
+)
+def test_a_bad_line_is_named(folder, line, message):
+    with pytest.raises(UserError) as error:
+        read_manifest(manifest(folder, A, line))
+    assert message in str(error.value)
+    assert str(error.value).startswith(f"{folder / 'm.jsonl'}:2: ")
+
+
+def test_broken_audio_is_named_with_the_line(folder):
+    path = folder / "sound/b.wav"
+    whole = path.read_bytes()
+    for data, message in [
+        (b"", "is empty"),
+        (whole[:20_000], "truncated"),
+        (whole[:24] + struct.pack("<I", 0) + whole[28:], "0 Hz"),
+        (wav(folder / "three.wav", 1.0, 3).read_bytes(), "3 channels"),
+    ]:
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=rf"m\.jsonl:2: .*b\.wav.*{message}"):
+            read_manifest(manifest(folder, A, B))
+
+
+def test_no_recordings_and_no_manifest(folder):
+    with pytest.raises(UserError, match=r"m\.jsonl: no recordings"):
+        read_manifest(manifest(folder, "", ""))
+    with pytest.raises(UserError, match=r"x\.jsonl: no such manifest"):
+        read_manifest(folder / "x.jsonl")
+    (folder / "m.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"m\.jsonl: not text in UTF-8"):
+        read_manifest(folder / "m.jsonl")
+
+
+def test_sources(folder):
+    m = manifest(folder, A)
+    other = folder / "n.jsonl"
+    other.write_text(m.read_text())
+    assert parse_sources(f"{m}:0.25, {other} ,") == [Source(m, 0.25), Source(other, 1.0)]
+    assert parse_sources(f"{folder}:3") == [Source(m, 3.0), Source(other, 3.0)]
+    odd = folder / "12:30.jsonl"
+    odd.write_text(m.read_text())
+    assert parse_sources(str(odd)) == [Source(odd, 1.0)]
+    for text, message in [
+        ("", "no data source"),
+        (f"{m}:0", "the weight must be positive, got 0"),
+        (f"{m}:-1", "the weight must be positive, got -1"),
+        (f"{m}:nan", "the weight must be positive, got nan"),
+        (f"{m},{m}:2", "is named twice"),
+        (f"{folder}/x.jsonl:2", "no such manifest"),
+        (f"{folder}/sound", r"has no \.jsonl file"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            parse_sources(text)
+
+
+def transcript(folder, content):
+    path = folder / "sound/a.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_words(folder):
+    audio = folder / "sound/a.wav"
+    assert read_words(audio, 2.0) is None
+    transcript(folder, {"speaker": "102", "voice_activity": [[0.2, 2.2]]})  # Libri-Light's
+    assert read_words(audio, 2.0) is None
+    transcript(folder, {"alignments": []})
+    assert read_words(audio, 2.0) == []
+    entries = [
+        ["a", [0, 0.5], "SPEAKER_MAIN"],
+        ["b", [0.4, 0.9], "SPEAKER_MAIN"],  # words of an aligner overlap a little
+        ["c", [0.1, 0.3], "SPEAKER_1"],
+        ["d", [1.9, 2.3], "SPEAKER_MAIN"],
+    ]
+    transcript(folder, {"alignments": entries})
+    assert read_words(audio, 2.0) == [Word(w, s, e, p) for w, (s, e), p in entries]
+
+
+M = "SPEAKER_MAIN"
+
+
+@pytest.mark.parametrize(
+    ("alignments", "message"),
+    [
+        ([["a", [0.5, 0.6], M], ["b", [0.4, 0.6], M]], "alignment 1 .* is out of order"),
+        ([["a", [-0.1, 0.6], M]], "alignment 0 .* is out of order: it starts before 0"),
+        ([["a", [0.5, 0.4], M]], "alignment 0 .* ends before it starts"),
+        ([["a", [0.1, 2.6], M]], r"alignment 0 .* past the end of the recording, 2\.00 s"),
+        ([["a", [0.1, 0.2]]], "alignment 0 .* is not"),
+        ([["a", 0.1, M]], "alignment 0 .* is not"),
+        ([["a", ["0", "1"], M]], "alignment 0 .* is not"),
+        ([["a", [0.1, float("nan")], M]], "alignment 0 .* no number"),
+        ({"a": 1}, "'alignments' is not a list"),
+    ],
+)
+def test_a_bad_alignment_is_named(folder, alignments, message):
+    transcript(folder, {"alignments": alignments})
+    with pytest.raises(UserError, match=rf"m\.jsonl:1: .*a\.json: .*{message}"):
+        read_manifest(manifest(folder, A))
+
+
+def test_a_transcript_that_is_not_json(folder):
+    transcript(folder, '{"alignments":\n [,]}')
+    with pytest.raises(UserError, match=r"m\.jsonl:1: .*a\.json:2: not JSON"):
+        read_manifest(manifest(folder, A))
+    (folder / "sound/a.json").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"a\.json: not text in UTF-8"):
+        read_manifest(manifest(folder, A))

@@ -1,0 +1,1 @@
+"""Measuring what a memory is worth: perplexity far beyond the attention window."""

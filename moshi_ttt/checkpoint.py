@@ -171,7 +171,7 @@ def load_base(
 
 def _refuse_quantised(base: Base) -> None:
     with safe_open(base.info.moshi_weights, "pt") as file:
-        quantised = any(key.endswith("_scb") for key in file.keys())  # noqa: SIM118
+        quantised = any(key.endswith("_scb") for key in file.keys())
     if quantised or base.lm_config.get("quantize"):
         raise UserError(f"base {base.name} is quantised; use its bfloat16 form")
 

@@ -43,6 +43,7 @@ class TTTConfig:
     persistent_states: bool = True
 
     def __post_init__(self) -> None:
+        """Check every value and fill in the family's defaults."""
         if self.memory not in DEFAULT_BASE_LR:
             raise ValueError(f"memory {self.memory!r} is unknown; choose {list(DEFAULT_BASE_LR)}")
         if self.placement not in PLACEMENTS:
@@ -82,7 +83,7 @@ class TTTConfig:
             return found
         for i in self.layers:
             if type(i) is not int or not 0 <= i < num_layers:
-                raise ValueError(f"layer {i!r} is out of range: the model has 0 to {num_layers - 1}")
+                raise ValueError(f"layer {i!r} is out of range: 0 to {num_layers - 1} exist")
         if not self.layers or len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers {list(self.layers)} is empty or names a layer twice")
         return sorted(self.layers)

@@ -27,4 +27,4 @@ class TTTLinear(Memory):
     def params(self) -> ttt_linear.Params:
         """The op's parameters, in float32 or better."""
         start = (self.W1, self.b1, self.gamma, self.beta, self.delta)
-        return ttt_linear.Params(*map(full, start), self._decay())
+        return ttt_linear.Params._make([*map(full, start), self._decay()])

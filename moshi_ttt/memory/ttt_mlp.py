@@ -30,4 +30,4 @@ class TTTMLP(Memory):
     def params(self) -> ttt_mlp.Params:
         """The op's parameters, in float32 or better."""
         start = (self.W1, self.b1, self.W2, self.b2, self.gamma, self.beta, self.delta)
-        return ttt_mlp.Params(*map(full, start), self._decay())
+        return ttt_mlp.Params._make([*map(full, start), self._decay()])

@@ -154,6 +154,10 @@ class Grid:
         """Who writes at the end of chunk i < writes: `[N, 1, 1]` bool, None for everyone."""
         return None if self.done is None else self.done[i]
 
+    def keeps(self, i: int) -> bool:
+        """Whether any row may leave chunk i unfinished."""
+        return self.start is None or (i == self.n - 1 and self.leftover > 0)
+
     def valid(self, i: int) -> Tensor | None:
         """`[N, C, 1]` bool: slots of chunk i that hold a frame, old or new; None for all."""
         if self.start is not None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moshi_ttt.ops.grid import Grid, position_scale
 from moshi_ttt.ops.norm import inner_gradient, normalise
+from moshi_ttt.ops.scan import scan
 
 
 class Params(NamedTuple):
@@ -116,79 +117,22 @@ def chunk(
     def per_row(x: Tensor) -> Tensor:  # [H, ...] -> [N, ...]
         return x.to(dtype).expand(B, *x.shape).flatten(0, 1)
 
-    o, W1, b1, g1 = scan(
+    o, (W1, b1), (g1,), _ = scan(
         grid,
-        q,
-        k,
-        v,
-        eta,
-        position_scale(params.delta.to(dtype)),
-        per_row(params.gamma).unsqueeze(1),
-        per_row(params.beta).unsqueeze(1),
-        None if params.decay is None else per_row(params.decay).view(-1, 1, 1),
-        per_row(params.W1),
-        per_row(params.b1).unsqueeze(1),
-        state.W1.flatten(0, 1),
-        state.b1.flatten(0, 1).unsqueeze(1),
-        grid.keep_held(state.g1.flatten(0, 1)),
+        (q, k, v, eta),
+        (
+            position_scale(params.delta.to(dtype)),
+            per_row(params.gamma).unsqueeze(1),
+            per_row(params.beta).unsqueeze(1),
+            None if params.decay is None else per_row(params.decay).view(-1, 1, 1),
+        ),
+        start=[per_row(params.W1), per_row(params.b1).unsqueeze(1)],
+        weights=[state.W1.flatten(0, 1), state.b1.flatten(0, 1).unsqueeze(1)],
+        held_g=[grid.keep_held(state.g1.flatten(0, 1))],
+        held_x=[],
     )
     new = State(W1.view(B, H, D, D), b1.view(B, H, D), grid.tail(k), g1.view_as(state.g1), grid.pos)
     return grid.pick(o), new
-
-
-def scan(
-    grid: Grid,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    eta: Tensor,
-    tau: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    decay: Tensor | None,
-    W1_0: Tensor,
-    b1_0: Tensor,
-    W1: Tensor,
-    b1: Tensor,
-    g1_held: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The chunks in turn, through plain autograd."""
-    from moshi_ttt.ops.norm import EPS
-
-    def ln(z: Tensor) -> tuple[Tensor, Tensor]:
-        c = z - z.mean(-1, keepdim=True)
-        rstd = (c.square().mean(-1, keepdim=True) + EPS).rsqrt()
-        return c * rstd, rstd
-
-    C = grid.C
-    lower = torch.ones(C, C, dtype=q.dtype, device=q.device).tril() * tau.unsqueeze(1)
-    os, g1_last = [], torch.zeros_like(g1_held)
-    for i in range(grid.n):
-        xh, rstd = ln(torch.baddbmm(b1, k[i], W1))
-        u = gamma * (gamma * xh + beta - (v[i] - k[i]))
-        g = (u - u.mean(-1, keepdim=True) - xh * (u * xh).mean(-1, keepdim=True)) * rstd
-        G1 = eta[i] * g
-        if i == 0:
-            G1 = G1 + g1_held
-        A1 = lower * (q[i] @ k[i].mT + 1)
-        xh, _ = ln(torch.baddbmm(b1, q[i], W1) - A1 @ G1)
-        os.append(q[i] + gamma * xh + beta)
-        if grid.start is not None:
-            if i == grid.n - 1 and grid.leftover:
-                g1_last = G1
-        else:
-            g1_last = torch.where(grid.last[i], G1, g1_last)
-        if i < grid.writes:
-            new = [W1 - tau[-1] * (k[i].mT @ G1), b1 - tau[-1] * G1.sum(1, keepdim=True)]
-            if decay is not None:
-                new = [n - decay * (n - z) for n, z in zip(new, (W1_0, b1_0), strict=True)]
-            mask = grid.write_mask(i)
-            if mask is not None:
-                new = [torch.where(mask, n, o) for n, o in zip(new, (W1, b1), strict=True)]
-            W1, b1 = new
-    if grid.writes == 0:
-        W1, b1 = W1.clone(), b1.clone()
-    return torch.stack(os), W1, b1, g1_last
 
 
 @torch.no_grad()

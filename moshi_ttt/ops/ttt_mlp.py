@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moshi_ttt.ops.grid import Grid, position_scale
 from moshi_ttt.ops.norm import gelu, gelu_pull, inner_gradient, normalise
+from moshi_ttt.ops.scan import scan
 
 
 class Params(NamedTuple):
@@ -89,7 +90,7 @@ def init_state(params: Params, batch_size: int) -> State:
     C = params.delta.shape[0]
     k, g1, x2, g2 = (start[0].new_zeros(batch_size, H, C, width) for width in (D, F, F, D))
     pos = torch.zeros(batch_size, dtype=torch.int64, device=k.device)
-    return State(*start, k, g1, x2, g2, pos)
+    return State._make([*start, k, g1, x2, g2, pos])
 
 
 def chunk(
@@ -133,103 +134,26 @@ def chunk(
     def per_row(x: Tensor) -> Tensor:  # [H, ...] -> [N, ...]
         return x.to(dtype).expand(B, *x.shape).flatten(0, 1)
 
-    def weights(W1: Tensor, b1: Tensor, W2: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
-        return W1, b1.unsqueeze(1), W2, b2.unsqueeze(1)
+    def weights(*layers: Tensor) -> list[Tensor]:  # biases [N, F] -> [N, 1, F]
+        return [x.unsqueeze(1) if x.dim() == 2 else x for x in layers]
 
-    o, W1, b1, W2, b2, g1, x2, g2 = scan(
+    o, new, g, x2 = scan(
         grid,
-        q,
-        k,
-        v,
-        eta,
-        position_scale(params.delta.to(dtype)),
-        per_row(params.gamma).unsqueeze(1),
-        per_row(params.beta).unsqueeze(1),
-        None if params.decay is None else per_row(params.decay).view(-1, 1, 1),
-        *weights(*(per_row(x) for x in params[:4])),
-        *weights(*(x.flatten(0, 1) for x in state[:4])),
-        *(grid.keep_held(x.flatten(0, 1)) for x in (state.g1, state.x2, state.g2)),
+        (q, k, v, eta),
+        (
+            position_scale(params.delta.to(dtype)),
+            per_row(params.gamma).unsqueeze(1),
+            per_row(params.beta).unsqueeze(1),
+            None if params.decay is None else per_row(params.decay).view(-1, 1, 1),
+        ),
+        start=weights(*(per_row(x) for x in params[:4])),
+        weights=weights(*(x.flatten(0, 1) for x in state[:4])),
+        held_g=[grid.keep_held(x.flatten(0, 1)) for x in (state.g1, state.g2)],
+        held_x=[grid.keep_held(state.x2.flatten(0, 1))],
     )
-    new = (W1, b1, W2, b2, grid.tail(k), g1, x2, g2)
-    return grid.pick(o), State(*(x.view_as(y) for x, y in zip(new, state, strict=False)), grid.pos)
-
-
-def scan(
-    grid: Grid,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    eta: Tensor,
-    tau: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    decay: Tensor | None,
-    W1_0: Tensor,
-    b1_0: Tensor,
-    W2_0: Tensor,
-    b2_0: Tensor,
-    W1: Tensor,
-    b1: Tensor,
-    W2: Tensor,
-    b2: Tensor,
-    g1_held: Tensor,
-    x2_held: Tensor,
-    g2_held: Tensor,
-) -> tuple[Tensor, ...]:
-    """The chunks in turn, through plain autograd."""
-    from moshi_ttt.ops.norm import EPS
-
-    def ln(z: Tensor) -> tuple[Tensor, Tensor]:
-        c = z - z.mean(-1, keepdim=True)
-        rstd = (c.square().mean(-1, keepdim=True) + EPS).rsqrt()
-        return c * rstd, rstd
-
-    def gelu_grad(x: Tensor) -> Tensor:
-        c = 0.7978845608028654
-        th = torch.tanh(c * x * (1 + 0.044715 * x * x))
-        return 0.5 * (1 + th) + 0.5 * c * x * (1 - th * th) * (1 + 3 * 0.044715 * x * x)
-
-    C = grid.C
-    lower = torch.ones(C, C, dtype=q.dtype, device=q.device).tril() * tau.unsqueeze(1)
-    os, start = [], (W1_0, b1_0, W2_0, b2_0)
-    last = tuple(torch.zeros_like(x) for x in (g1_held, x2_held, g2_held))
-    for i in range(grid.n):
-        Z1 = torch.baddbmm(b1, k[i], W1)
-        X2 = gelu(Z1)
-        xh, rstd = ln(torch.baddbmm(b2, X2, W2))
-        u = gamma * (gamma * xh + beta - (v[i] - k[i]))
-        g2 = (u - u.mean(-1, keepdim=True) - xh * (u * xh).mean(-1, keepdim=True)) * rstd
-        G1, G2 = eta[i] * (g2 @ W2.mT) * gelu_grad(Z1), eta[i] * g2
-        if i == 0 and grid.held is not None:
-            G1, G2, X2 = G1 + g1_held, G2 + g2_held, torch.where(grid.held, x2_held, X2)
-        A1 = lower * (q[i] @ k[i].mT + 1)
-        X2q = gelu(torch.baddbmm(b1, q[i], W1) - A1 @ G1)
-        A2 = lower * (X2q @ X2.mT + 1)
-        xh, _ = ln(torch.baddbmm(b2, X2q, W2) - A2 @ G2)
-        os.append(q[i] + gamma * xh + beta)
-        if grid.start is None or (i == grid.n - 1 and grid.leftover):
-            valid = grid.valid(i)
-            now = (G1, X2 if valid is None else torch.where(valid, X2, 0), G2)
-            if grid.last is not None:
-                now = tuple(torch.where(grid.last[i], x, y) for x, y in zip(now, last, strict=True))
-            last = now
-        if i < grid.writes:
-            old, up = (W1, b1, W2, b2), tau[-1]
-            new = (
-                W1 - up * (k[i].mT @ G1),
-                b1 - up * G1.sum(1, keepdim=True),
-                W2 - up * (X2.mT @ G2),
-                b2 - up * G2.sum(1, keepdim=True),
-            )
-            if decay is not None:
-                new = tuple(x - decay * (x - z) for x, z in zip(new, start, strict=True))
-            mask = grid.write_mask(i)
-            if mask is not None:
-                new = tuple(torch.where(mask, x, y) for x, y in zip(new, old, strict=True))
-            W1, b1, W2, b2 = new
-    if grid.writes == 0:
-        W1, b1, W2, b2 = (x.clone() for x in (W1, b1, W2, b2))
-    return torch.stack(os), W1, b1, W2, b2, *last
+    new += [grid.tail(k), g[0], *x2, g[1]]
+    fields = [x.view_as(y) for x, y in zip(new, state[:-1], strict=True)]
+    return grid.pick(o), State._make([*fields, grid.pos])
 
 
 @torch.no_grad()

@@ -1,0 +1,110 @@
+"""A Moshi and a Mimi that are real and small: for tests, built in memory, seeded, untrained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from moshi.models.compression import MimiModel
+from moshi.models.lm import LMModel
+from moshi.models.loaders import _lm_kwargs, _seanet_kwargs, _transformer_kwargs, get_mimi
+from moshi.quantization.core_vq import EuclideanCodebook
+from torch import nn
+
+from moshi_ttt.config import TTTConfig
+from moshi_ttt.hybrid import splice
+from moshi_ttt.states import ttt_blocks
+
+CARD, TEXT_CARD, CONTEXT = 64, 64, 20
+
+LM_KWARGS: dict[str, Any] = {
+    "dim": 32,
+    "text_card": TEXT_CARD,
+    "card": CARD,
+    "num_heads": 4,
+    "num_layers": 2,
+    "context": CONTEXT,
+    "depformer_dim": 16,
+    "depformer_dim_feedforward": 32,
+    "depformer_num_heads": 2,
+    "depformer_num_layers": 1,
+}
+
+
+def small_lm(*, seed: int = 0, **overrides: Any) -> LMModel:
+    """A stock LMModel in float32 with the 7B's streams and delays and small widths, not spliced.
+
+    Args:
+        seed: of the weights; the global generator is left alone.
+        overrides: keyword arguments of LMModel, e.g. `norm="rms_norm"`, `num_layers=4`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LMModel(dtype=torch.float32, **{**_lm_kwargs, **LM_KWARGS, **overrides})
+
+
+def small_mimi(*, seed: int = 0) -> MimiModel:
+    """A Mimi with the true ratios and frame rate, whose codebooks hold random entries.
+
+    Its codes vary with the sound, and what it decodes is noise that varies with the codes.
+    """
+    config = {
+        "sample_rate": 24_000,
+        "channels": 1,
+        "frame_rate": 12.5,
+        "seanet": dict(_seanet_kwargs, dimension=16, n_filters=2),
+        "transformer": dict(
+            _transformer_kwargs,
+            d_model=16,
+            num_heads=2,
+            num_layers=1,
+            layer_scale=0.1,
+            context=30,
+            dim_feedforward=32,
+            input_dimension=16,
+            output_dimensions=[16],
+        ),
+        "quantizer": {
+            "dimension": 8,
+            "n_q": 8,
+            "bins": CARD,
+            "input_dimension": 16,
+            "output_dimension": 16,
+        },
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        mimi = get_mimi(None, config, num_codebooks=8)
+        for module in mimi.modules():
+            if isinstance(module, EuclideanCodebook):
+                nn.init.normal_(module.embedding_sum)
+                module._initialized.fill_(1)
+        for name, parameter in mimi.encoder.named_parameters():
+            if name.endswith("bias"):  # they would drown what an untrained encoder says of a sound
+                parameter.data.zero_()
+        with torch.no_grad():
+            latent = mimi.encode_to_latent(0.1 * torch.randn(1, 1, 48_000), quantize=False)
+            for quantiser in (mimi.quantizer.rvq_first, mimi.quantizer.rvq_rest):
+                quantiser.input_proj.weight.div_(quantiser.input_proj(latent).std())
+    return mimi
+
+
+def randomise_memories(lm: nn.Module, *, seed: int = 0) -> None:
+    """Open the gates and move every slow weight of the memories away from where it starts.
+
+    W0 gets a spread of 0.3, the rest 0.1 around its start; the global generator is left alone.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for block in ttt_blocks(lm).values():
+            for name, parameter in block.named_parameters():
+                start = name.rpartition(".")[2] in {"W1", "b1", "W2", "b2", "gate"}
+                parameter.add_(torch.randn_like(parameter) * (0.3 if start else 0.1))
+
+
+def small_hybrid(*, seed: int = 0, **config: Any) -> LMModel:
+    """`small_lm` in eval mode with a TTT-MLP of chunk 4 in both layers, all of it random."""
+    lm = small_lm(seed=seed)
+    splice(lm, TTTConfig(**({"layers": "all", "chunk_size": 4, "num_heads": 2} | config)))
+    randomise_memories(lm, seed=seed)
+    return lm.eval()

@@ -1,0 +1,306 @@
+"""Splice: gate 0 is stock Moshi, streaming is training, checkpointing keeps gradients."""
+
+import pytest
+import torch
+from moshi.models.lm import LMGen, LMModel
+from moshi.modules.transformer import StreamingTransformer, StreamingTransformerLayer
+
+from moshi_ttt.checkpoint import add_lora
+from moshi_ttt.config import TTTConfig
+from moshi_ttt.hybrid import (
+    HybridLMModel,
+    HybridStreamingTransformer,
+    HybridStreamingTransformerLayer,
+    splice,
+    unsplice,
+)
+from moshi_ttt.ring import widen_kv_rings
+from moshi_ttt.states import attach_ttt_states, save_ttt_states
+from tests.small import randomise_memories, small_lm
+
+FAMILIES = ["ttt_linear", "ttt_mlp"]
+PLACEMENTS = ["parallel", "after_attention"]
+
+
+def config(**values):
+    return TTTConfig(**({"layers": "all", "chunk_size": 5, "num_heads": 2} | values))
+
+
+def codes_for(lm, batch, frames, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    audio = torch.randint(0, lm.card, (batch, lm.n_q, frames), generator=g)
+    text = torch.randint(4, lm.text_card, (batch, 1, frames), generator=g)
+    return torch.cat([text, audio], 1)
+
+
+def spliced(family="ttt_mlp", placement="parallel", dtype=torch.float64, norm="rms_norm", **values):
+    lm = small_lm(norm=norm)
+    splice(lm, config(memory=family, placement=placement, **values))
+    randomise_memories(lm)
+    return lm.to(dtype).eval()
+
+
+@torch.no_grad()
+def hidden_in_pieces(lm, sequence, sizes):
+    """Temporal transformer in streaming form, `sizes` frames a call."""
+    out = []
+    with lm.streaming(sequence.shape[0]):
+        widen_kv_rings(lm.transformer, max(sizes))
+        at = 0
+        for size in sizes:
+            out.append(lm.forward_text(sequence[..., at : at + size])[0])
+            at += size
+    return torch.cat(out, 1)
+
+
+# -- gate 0 ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lora", [False, True])
+def test_gate_zero_is_stock_to_the_bit(dtype, placement, family, lora):
+    def build():
+        torch.manual_seed(1)
+        lm = small_lm(norm="rms_norm_f32").to(dtype).eval()
+        if lora:
+            add_lora(lm, 4, 2.0)
+            for name, p in lm.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(p, std=0.1)
+        return lm
+
+    stock, lm = build(), build()
+    splice(lm, config(memory=family, placement=placement))
+    codes = codes_for(lm, 2, 40)
+    with torch.no_grad():
+        want, got = stock(codes), lm(codes)
+    assert torch.equal(want.text_logits, got.text_logits)
+    assert torch.equal(want.logits[want.mask], got.logits[got.mask])
+    sequence = codes[..., :30]
+    assert torch.equal(
+        hidden_in_pieces(stock, sequence, [1] * 30), hidden_in_pieces(lm, sequence, [1] * 30)
+    )
+    tokens = []
+    for model in (stock, lm):
+        torch.manual_seed(7)
+        gen = LMGen(model)
+        with gen.streaming(2):
+            steps = [gen.step(codes[:, 9:, t : t + 1]) for t in range(25)]
+        tokens.append(torch.cat([s for s in steps if s is not None], -1))
+    assert torch.equal(*tokens)
+
+
+def test_the_gate_zero_test_can_fail():
+    stock, lm = small_lm().eval(), small_lm().eval()
+    lm.load_state_dict(stock.state_dict())
+    splice(lm, config())
+    randomise_memories(lm)
+    codes = codes_for(lm, 1, 20)
+    assert (stock(codes).text_logits - lm(codes).text_logits).abs().max() > 1e-3
+
+
+# -- what splice does and refuses -----------------------------------------------------------------
+
+
+def test_splice_says_what_it_did_and_unsplice_undoes_it():
+    lm = small_lm().eval()
+    keys, codes = set(lm.state_dict()), codes_for(lm, 1, 20)
+    before = lm(codes).text_logits
+    done = splice(lm, config(layers=[1]))
+    assert done.layers == [1]
+    assert isinstance(lm, HybridLMModel)
+    assert isinstance(lm.transformer, HybridStreamingTransformer)
+    assert isinstance(lm.transformer.layers[1], HybridStreamingTransformerLayer)
+    assert type(lm.transformer.layers[0]) is StreamingTransformerLayer
+    new = set(lm.state_dict()) - keys
+    assert keys <= set(lm.state_dict())
+    assert all(k.startswith("transformer.layers.1.seq_modeling_block.") for k in new)
+    assert done.parameters == sum(lm.state_dict()[k].numel() for k in new)
+    randomise_memories(lm)
+    assert not torch.equal(lm(codes).text_logits, before)
+    unsplice(lm)
+    assert type(lm) is LMModel
+    assert type(lm.transformer) is StreamingTransformer
+    assert {type(x) for x in lm.transformer.layers} == {StreamingTransformerLayer}
+    assert set(lm.state_dict()) == keys
+    assert torch.equal(lm(codes).text_logits, before)
+    with lm.streaming(1):
+        lm.forward_text(codes[..., :1])
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"layers": [0, 9]}, "layer 9 is out of range"),
+        ({"layers": "every:7"}, "matches none"),
+        ({"layers": []}, "empty"),
+        ({"layers": [1, 1]}, "twice"),
+        ({"layers": "most"}, "most"),
+        ({"num_heads": 5}, "5"),
+    ],
+)
+def test_a_bad_configuration_leaves_the_model_alone(values, text):
+    lm = small_lm()
+    keys = set(lm.state_dict())
+    with pytest.raises(ValueError, match=text):
+        splice(lm, config(**values))
+    assert type(lm) is LMModel
+    assert set(lm.state_dict()) == keys
+
+
+def test_streaming_and_spliced_models_are_refused():
+    lm = small_lm().eval()
+    with lm.streaming(1), pytest.raises(ValueError, match="streaming"):
+        splice(lm, config())
+    assert type(lm) is LMModel
+    splice(lm, config())
+    with pytest.raises(ValueError, match="already"):
+        splice(lm, config())
+    with lm.streaming(1), pytest.raises(ValueError, match="streaming"):
+        unsplice(lm)
+    unsplice(lm)
+    with pytest.raises(ValueError, match="no memory"):
+        unsplice(lm)
+
+
+def test_splicing_after_a_stream_starts_the_memory_too():
+    lm = small_lm().eval()
+    codes = codes_for(lm, 1, 4)
+    with lm.streaming(1), torch.no_grad():
+        lm.forward_text(codes[..., :1])
+    splice(lm, config())
+    with lm.streaming(1), torch.no_grad():
+        for t in range(4):
+            lm.forward_text(codes[..., t : t + 1])
+        saved = save_ttt_states(lm)
+    assert all(block["streaming"]["fast.pos"].item() == 4 for block in saved.values())
+
+
+def test_norm_of_after_attention_starts_as_norm1():
+    lm = small_lm()
+    torch.nn.init.normal_(lm.transformer.layers[0].norm1.alpha)
+    splice(lm, config(placement="after_attention"))
+    layer = lm.transformer.layers[0]
+    assert torch.equal(layer.seq_modeling_block.norm.alpha, layer.norm1.alpha)
+
+
+# -- streaming is training ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-5)], ids=["f64", "f32"]
+)
+def test_streams_of_any_pieces_equal_the_offline_forward(family, placement, dtype, tolerance):
+    lm = spliced(family, placement, dtype)
+    frames = 3 * lm.context + 7
+    sequence = codes_for(lm, 2, frames)
+    with torch.no_grad():
+        whole = lm.forward_text(sequence)[0]
+    cuts = [1] * 5 + [2, 9, 1, 6]
+    sizes = cuts + [11] * ((frames - sum(cuts)) // 11)
+    sizes.append(frames - sum(sizes))
+    for pieces in ([1] * frames, [s for s in sizes if s]):
+        got = hidden_in_pieces(lm, sequence, pieces)
+        assert (got - whole).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lmgen_rows_out_of_step_equal_the_offline_forward(family):
+    """B = 3 through LMGen, rows paused at random and one reset on the way, teacher-forced."""
+    lm = spliced(family, dtype=torch.float64)
+    B, frames = 3, 60
+    codes = codes_for(lm, B, frames)
+    delayed = lm_inputs(lm, codes)
+    with torch.no_grad():
+        want = lm.forward_text(delayed)[0]
+    g = torch.Generator().manual_seed(3)
+    seen = []
+    gen = LMGen(lm, support_out_of_sync=True)
+    at = torch.zeros(B, dtype=torch.long)
+    got = torch.full((B, frames, lm.dim), float("nan"), dtype=torch.float64)
+    did_reset = False
+    with gen.streaming(B):
+        while int(at.min()) < frames:
+            mask = (torch.rand(B, generator=g) < 0.7) & (at < frames)
+            if not did_reset and int(at[1]) == 13:
+                row = torch.tensor([False, True, False])
+                gen.reset_streaming(row)
+                at[1], did_reset = 0, True
+            gen.set_exec_mask(mask)
+            # step s reads the user's codes of frame s - 1; what is given at step 0 is never read
+            given = codes[torch.arange(B), 9:, (at - 1).clamp(0, frames - 1)][..., None]
+            force_own_tokens(gen, codes, at)
+            out = gen._step(given)
+            hidden = out[1][:, 0]
+            for b in range(B):
+                if mask[b]:
+                    got[b, at[b]] = hidden[b]
+            at = torch.where(mask, at + 1, at)
+            seen.append(mask)
+    assert did_reset
+    assert torch.stack(seen).float().mean() < 0.95
+    assert (got - want).abs().max() < 1e-8
+
+
+def lm_inputs(lm, codes):
+    from moshi.models.lm_utils import _delay_sequence
+
+    initial = lm._get_initial_token().expand(codes.shape[0], -1, -1)
+    return torch.cat([initial, _delay_sequence(lm.delays, codes, initial)], 2)[..., :-1]
+
+
+def force_own_tokens(gen, codes, at):
+    """Overwrite what was sampled with the recording's tokens, as in training."""
+    state = gen._streaming_state
+    cache, size = state.cache, state.cache.shape[2]
+    lm = gen.lm_model
+    for b in range(cache.shape[0]):
+        step = int(at[b])
+        for k in range(lm.dep_q + 1):
+            source = step - 1 - lm.delays[k]
+            if source >= 0:
+                cache[b, k, step % size] = codes[b, k, source]
+
+
+# -- gradient checkpointing and lanes --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lanes", [False, True])
+def test_checkpointing_gives_the_same_gradients(family, lanes):
+    """Also with lanes: two segments, both backwards after the second forward."""
+    grads = []
+    for checkpointing in (False, True):
+        torch.manual_seed(4)
+        lm = spliced(family)
+        lm.transformer.checkpointing = checkpointing
+        lm.depformer.checkpointing = checkpointing
+        lm.train()
+        if lanes:
+            attach_ttt_states(lm, 2)
+        losses = []
+        for seed in range(2):
+            out = lm(codes_for(lm, 2, 23, seed))
+            losses.append(out.text_logits.square().mean() + out.logits[out.mask].square().mean())
+        sum(losses).backward()
+        grads.append({n: p.grad for n, p in lm.named_parameters()})
+    assert any(g is not None and g.abs().max() > 0 for n, g in grads[0].items() if "W1" in n)
+    for name, want in grads[0].items():
+        got = grads[1][name]
+        assert (want is None) == (got is None), name
+        if want is not None:
+            assert (want - got).abs().max() <= 1e-12 * (1 + want.abs().max()), name
+
+
+def test_outside_the_gradient_nothing_is_checkpointed_and_results_agree():
+    lm = spliced()
+    codes = codes_for(lm, 1, 12)
+    want = lm(codes).text_logits
+    lm.transformer.checkpointing = True
+    with torch.no_grad():
+        assert torch.equal(lm(codes).text_logits, want)
+    assert lm.transformer.checkpointing

@@ -79,8 +79,8 @@ def small_mimi(*, seed: int = 0) -> MimiModel:
             if isinstance(module, EuclideanCodebook):
                 nn.init.normal_(module.embedding_sum)
                 module._initialized.fill_(1)
-        for name, parameter in mimi.encoder.named_parameters():
-            if name.endswith("bias"):  # they would drown what an untrained encoder says of a sound
+        for name, parameter in mimi.named_parameters():
+            if name.endswith("bias"):  # they would drown what an untrained codec makes of a sound
                 parameter.data.zero_()
         with torch.no_grad():
             latent = mimi.encode_to_latent(0.1 * torch.randn(1, 1, 48_000), quantize=False)

@@ -172,9 +172,7 @@ def _unpack(grid: Grid, L: int, tensors: Any) -> tuple[Call, list[Tensor]]:
 def _learn(c: Call, weights: list[Tensor], begin: int, end: int) -> Written:
     """The serial part of chunks begin..end-1: gradients at each chunk's start, and its write."""
     grid, L = c.grid, len(c.held_g)
-    W, b = (
-        [x.new_empty(end - begin + 1, *x.shape) for x in weights[i::2]] for i in (0, 1)
-    )
+    W, b = ([x.new_empty(end - begin + 1, *x.shape) for x in weights[i::2]] for i in (0, 1))
     for stack, x in zip((*W, *b), (*weights[::2], *weights[1::2]), strict=True):
         stack[0] = x
     gamma2, rate = c.gamma * c.gamma, float(c.tau[-1])
@@ -333,9 +331,7 @@ class _Backward:
         self.v[begin:end] = -rb
         torch.add(Xb[0], rb, out=self.k[begin:end])
         self.beta.add_(rb.sum((0, 2)).unsqueeze(1))
-        slope = torch.addcmul(
-            c.beta - c.v[begin:end] + c.k[begin:end], 2 * c.gamma, w.n.xh
-        )
+        slope = torch.addcmul(c.beta - c.v[begin:end] + c.k[begin:end], 2 * c.gamma, w.n.xh)
         self.gamma.add_((ub * slope).sum((0, 2)).unsqueeze(1))
 
     def read(

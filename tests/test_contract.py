@@ -2,7 +2,11 @@
 
 import pytest
 import torch
-from contract import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moshi_ttt.ops import naive
+from tests.contract import (
     MEMORIES_UNDER_TEST,
     assert_near,
     assert_same_state,
@@ -17,10 +21,6 @@ from contract import (
     stream,
     take,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from moshi_ttt.ops import naive
 
 every_memory = pytest.mark.parametrize("memory", MEMORIES_UNDER_TEST, ids=repr)
 

@@ -1,0 +1,62 @@
+"""The embedded default: speech, codec, tokenizer and an untrained tiny Moshi, all from seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .model import build_base, checkpoint_info, load_codec
+from .plan import CorpusSpec
+from .speech import make_corpus
+
+
+@dataclass(frozen=True)
+class TinyPaths:
+    """Where the embedded default lies.
+
+    Attributes:
+        train: manifest of the training recordings (readings and dialogues).
+        eval: manifest of a few held-out ones, for evaluation during training.
+        heldout: manifest of the held-out readings.
+        librilight: the same readings' root in Libri-Light's layout.
+        base: folder of the untrained base (config.json, model.safetensors, codec, tokenizer).
+    """
+
+    train: Path
+    eval: Path
+    heldout: Path
+    librilight: Path
+    base: Path
+
+
+def ensure(
+    root: str | Path = "data/tiny", spec: CorpusSpec | None = None, seed: int = 0, workers: int = 2
+) -> TinyPaths:
+    """Make what is missing of the embedded default under `root` and say where it is.
+
+    Args:
+        root: `ROOT/speech` and `ROOT/base` are made.
+        spec: of the corpus.
+        seed: of the base's weights.
+        workers: processes that speak.
+
+    Raises:
+        ValueError: `ROOT/speech` holds a corpus of another spec or version.
+    """
+    root = Path(root)
+    corpus = make_corpus(root / "speech", spec, workers)
+    base = (root / "base").absolute()
+    if not (base / "config.json").exists():  # written last
+        build_base(base, seed)
+    return TinyPaths(**corpus, base=base)
+
+
+__all__ = [
+    "CorpusSpec",
+    "TinyPaths",
+    "build_base",
+    "checkpoint_info",
+    "ensure",
+    "load_codec",
+    "make_corpus",
+]

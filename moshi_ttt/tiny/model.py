@@ -1,0 +1,121 @@
+"""The tiny base: a folder that `CheckpointInfo.from_hf_repo` loads as it loads the 7B."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("NO_TORCH_COMPILE", "1")  # moshi reads it when imported
+
+import json
+import shutil
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+from moshi.models.compression import MimiModel
+from moshi.models.loaders import CheckpointInfo, get_mimi, get_moshi_lm
+from safetensors.torch import save_file
+
+ASSETS = Path(str(files("moshi_ttt.tiny") / "assets"))
+CODEC_FILES = ("mimi.safetensors", "mimi_config.json", "tokenizer.model")
+
+
+def base_config(
+    text_card: int, card: int, dim: int = 128, layers: int = 2, context: int = 50
+) -> dict[str, Any]:
+    """The LM's keywords under moshi's names, as in a 7B's config.json, with small numbers.
+
+    Args:
+        text_card: text tokens, the tokenizer's `vocab_size()`.
+        card: codes a codebook.
+        dim: width.
+        layers: of the temporal transformer.
+        context: frames its attention sees (50: 4 s).
+    """
+    return {
+        "dim": dim,
+        "text_card": text_card,
+        "existing_text_padding_id": 3,
+        "n_q": 16,
+        "dep_q": 8,
+        "card": card,
+        "num_heads": 4,
+        "num_layers": layers,
+        "hidden_scale": 4.125,
+        "causal": True,
+        "layer_scale": None,
+        "context": context,
+        "max_period": 10_000,
+        "gating": "silu",
+        "norm": "rms_norm_f32",
+        "positional_embedding": "rope",
+        "depformer_dim": 48,
+        "depformer_dim_feedforward": 96,
+        "depformer_num_heads": 2,
+        "depformer_num_layers": 1,
+        "depformer_layer_scale": None,
+        "depformer_multi_linear": True,
+        "depformer_context": 8,
+        "depformer_max_period": 10_000,
+        "depformer_gating": "silu",
+        "depformer_pos_emb": "none",
+        "depformer_weights_per_step": True,
+        "delays": [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1],
+    }
+
+
+def build_base(out_dir: str | Path, seed: int = 0, **sizes: int) -> Path:
+    """Write an untrained tiny Moshi beside the shipped codec and tokenizer.
+
+    Files: config.json, model.safetensors (float32, from the seed), mimi.safetensors,
+    mimi_config.json, tokenizer.model. config.json names them by absolute `file://`, which moshi
+    needs to stay off the network; after moving the folder, load it with `checkpoint_info`.
+
+    Args:
+        out_dir: folder, made if missing; files in it are replaced.
+        seed: of the weights.
+        sizes: `dim`, `layers`, `context` of `base_config`.
+
+    Returns:
+        The folder, absolute.
+    """
+    out = Path(out_dir).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    for name in CODEC_FILES:
+        shutil.copyfile(ASSETS / name, out / name)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
+    card = json.loads((out / "mimi_config.json").read_text())["quantizer"]["bins"]
+    config = base_config(tokenizer.vocab_size(), card, **sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lm = get_moshi_lm(None, lm_kwargs=config, dtype=torch.float32)
+    save_file({k: v.contiguous() for k, v in lm.state_dict().items()}, out / "model.safetensors")
+    names = {
+        "moshi_name": f"file://{out / 'model.safetensors'}",
+        "mimi_name": f"file://{out / 'mimi.safetensors'}",
+        "mimi_config_name": f"file://{out / 'mimi_config.json'}",
+        "tokenizer_name": f"file://{out / 'tokenizer.model'}",
+    }
+    (out / "config.json").write_text(json.dumps(config | names, indent=1) + "\n")
+    return out
+
+
+def checkpoint_info(folder: str | Path) -> CheckpointInfo:
+    """What moshi knows of a base folder, wherever it lies, read without network."""
+    folder = Path(folder).absolute()
+    return CheckpointInfo.from_hf_repo(
+        str(folder),
+        moshi_weights=folder / "model.safetensors",
+        mimi_weights=folder / "mimi.safetensors",
+        tokenizer=folder / "tokenizer.model",
+        config_path=folder / "config.json",
+        mimi_config_path=folder / "mimi_config.json",
+    )
+
+
+def load_codec() -> MimiModel:
+    """The shipped tiny Mimi, eight codebooks, float32, on the CPU."""
+    config = json.loads((ASSETS / "mimi_config.json").read_text())
+    return get_mimi(ASSETS / "mimi.safetensors", config, num_codebooks=8)

@@ -44,6 +44,13 @@ class ModelPaths:
         )
 
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the language model has to come from the hub; a corpus may yet make a folder."""
+        name = self.hf_repo_id or ""
+        return not (self.moshi_path or name.startswith((".", "/", "~")) or name.count("/") != 1)
+
+
 @dataclass(frozen=True)
 class LoraArgs:
     """Low-rank adapters on every Linear.
@@ -52,12 +59,14 @@ class LoraArgs:
         enable: train them.
         rank: width of an adapter.
         scaling: factor on what an adapter adds.
+        path: a lora.safetensors to go on from, ours or moshi-finetune's; null starts at nothing.
         ft_embed: train the embeddings in full beside them.
     """
 
     enable: bool = False
     rank: int = 64
     scaling: float = 2.0
+    path: str | None = None
     ft_embed: bool = False
 
     def __post_init__(self) -> None:
@@ -73,6 +82,7 @@ class DataArgs:
     Attributes:
         train_data: manifests as `"a.jsonl:weight,b.jsonl"`; weight 1 where none is given.
         eval_data: the same, held out.
+        corpus: one that is fetched or made first (`finetune.corpora`); null is none.
         shuffle: a new order of the segments in every epoch.
         codes_cache: folder for Mimi's codes of whole recordings, made once.
         mono_side: whose voice a mono recording is: `"moshi"` or `"user"`; the other is silent.
@@ -81,6 +91,7 @@ class DataArgs:
 
     train_data: str = ""
     eval_data: str = ""
+    corpus: str | None = None
     shuffle: bool = False
     codes_cache: str = "data/codes"
     mono_side: str = "moshi"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from moshi.models.lm import LMModel
 from moshi.models.loaders import CheckpointInfo, get_lora_moshi, get_moshi_lm
 from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
@@ -97,6 +98,9 @@ def find_base(
     if not folder.is_dir() and str(name).count("/") != 1:
         raise UserError(f"base {name}: no such folder, and not a hub repository (owner/name)")
     try:
+        if "config_path" not in given:
+            # moshi takes an unreachable hub for a repository without config.json: ask first
+            given["config_path"] = Path(hf_hub_download(str(name), CONFIG_FILE))
         info = CheckpointInfo.from_hf_repo(str(name), **given)
     except (OSError, ConnectionError) as error:
         reason = " ".join(str(error).split())[:200]

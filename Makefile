@@ -1,0 +1,55 @@
+# Everything runs in .venv, which any target makes on its own.
+PYTHON ?= python3
+CONFIG ?= configs/tiny.yaml
+ARGS ?=
+PY := .venv/bin/python
+export NO_TORCH_COMPILE ?= 1
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup finetune eval stream bench gpu-check check test slow coverage clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: .venv/.ready  ## make .venv and install (3 GB, some minutes)
+
+.venv/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else \
+	  "Python 3.10 to 3.12 is needed, this is %d.%d: make PYTHON=python3.11 ..." % v)'
+	@echo "installing into .venv (torch and CUDA libraries: 3 GB, some minutes)"
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+finetune: setup  ## train as CONFIG says (default configs/tiny.yaml), then measure; ARGS="--max_steps 100"
+	@$(PY) -m finetune.train $(CONFIG) $(ARGS)
+
+eval: setup  ## score the newest checkpoint on the held-out recordings; ARGS="--data DIR"
+	@$(PY) -m eval.librilight $(ARGS)
+
+stream: setup  ## talk to the newest checkpoint; ARGS="--file in.wav --out out.wav", or --mic
+	@$(PY) -m moshi_ttt.stream $(ARGS)
+
+bench: setup  ## time the memories' ops against their baselines
+	@$(PY) -m eval.bench.ops $(ARGS)
+
+gpu-check: setup  ## on a CUDA machine: streaming and training at the 7B's shape, random weights
+	@$(PY) -m eval.bench.gpu_check $(ARGS)
+
+check: setup  ## ruff, basedpyright and import-linter
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/basedpyright
+	@.venv/bin/lint-imports
+
+test: setup  ## the default tests (minutes)
+	@$(PY) -m pytest $(ARGS)
+
+slow: setup  ## the long tests
+	@$(PY) -m pytest -m slow $(ARGS)
+
+coverage: setup  ## the default tests, with the coverage of moshi_ttt
+	@$(PY) -m pytest --cov=moshi_ttt --cov-report=term-missing $(ARGS)
+
+clean:  ## remove .venv; data/ and runs/ stay
+	rm -rf .venv

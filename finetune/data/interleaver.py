@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import pairwise
 
-import sentencepiece
 import torch
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from finetune.data.transcript import MAIN_SPEAKER, Word
@@ -33,7 +33,7 @@ class Interleaver:
 
     def __init__(
         self,
-        tokenizer: sentencepiece.SentencePieceProcessor,
+        tokenizer: SentencePieceProcessor,
         text_padding: int = 3,
         end_of_text_padding: int = 0,
     ) -> None:

@@ -36,21 +36,29 @@ class Recording:
 
 @dataclass(frozen=True)
 class Source:
-    """A manifest and its weight in the mix; weights count against each other."""
+    """A manifest's recordings and its weight in the mix; weights count against each other."""
 
     path: Path
     weight: float
+    recordings: tuple[Recording, ...]
 
 
-def parse_sources(text: str) -> list[Source]:
-    """Read `"a.jsonl:weight,b.jsonl"`; weight 1 where none is given.
+def read_sources(text: str) -> list[Source]:
+    """Read and check all manifests of `"a.jsonl:weight,b.jsonl"`; see `read_manifest`.
 
-    A folder stands for all its .jsonl files.
+    Args:
+        text: manifests with their weights, 1 where none is given. A folder stands for all its
+            .jsonl files, each with that weight.
 
     Raises:
-        UserError: nothing named, a weight not above 0, a manifest named twice or not there.
+        UserError: nothing named, a weight not above 0, a manifest named twice or not there, and
+            whatever is wrong in one.
     """
-    sources: list[Source] = []
+    return [Source(path, w, tuple(read_manifest(path))) for path, w in _parse_sources(text)]
+
+
+def _parse_sources(text: str) -> list[tuple[Path, float]]:
+    sources: list[tuple[Path, float]] = []
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, colon, tail = item.rpartition(":")
         if not colon:
@@ -68,9 +76,9 @@ def parse_sources(text: str) -> list[Source]:
         for manifest in found:
             if not manifest.is_file():
                 raise UserError(f"data source {item!r}: no such manifest: {manifest}")
-            if manifest in [s.path for s in sources]:
+            if manifest in [path for path, _ in sources]:
                 raise UserError(f"data source {item!r}: {manifest} is named twice")
-            sources.append(Source(manifest, weight))
+            sources.append((manifest, weight))
     if not sources:
         raise UserError(f"no data source in {text!r}: name a manifest (jsonl)")
     return sources

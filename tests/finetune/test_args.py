@@ -92,7 +92,7 @@ def test_moshi_finetunes_keys_keep_their_meaning(config):
     assert args == TrainArgs(
         data=DataArgs(train_data="data/daily.jsonl:0.7,data/phone.jsonl:0.3", shuffle=True),
         run_dir="runs/daily",
-        lora=LoraArgs(True, 128, 2.0, False),
+        lora=LoraArgs(enable=True, rank=128, scaling=2.0),
         first_codebook_weight_multiplier=100.0,
         duration_sec=100.0,
         batch_size=16,

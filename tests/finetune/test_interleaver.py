@@ -1,32 +1,11 @@
 """The text row, token by token."""
 
-import io
-
 import pytest
-import sentencepiece
 
 from finetune.data.interleaver import Interleaver
 from finetune.data.transcript import MAIN_SPEAKER, Word
 
 PAD, EPAD = 3, 0
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    text = "one two three four five six seven eight nine ten good morning good night".split()
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text * 4),
-        model_writer=model,
-        vocab_size=40,
-        hard_vocab_limit=False,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=3,
-        minloglevel=9,
-    )
-    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from finetune.data.manifest import Source, parse_sources, read_manifest
+from finetune.data.manifest import read_manifest, read_sources
 from finetune.data.transcript import Word, read_words
 from moshi_ttt.errors import UserError
 
@@ -95,11 +95,15 @@ def test_sources(folder):
     m = manifest(folder, A)
     other = folder / "n.jsonl"
     other.write_text(m.read_text())
-    assert parse_sources(f"{m}:0.25, {other} ,") == [Source(m, 0.25), Source(other, 1.0)]
-    assert parse_sources(f"{folder}:3") == [Source(m, 3.0), Source(other, 3.0)]
+
+    def weights(text):
+        return [(s.path, s.weight, len(s.recordings)) for s in read_sources(text)]
+
+    assert weights(f"{m}:0.25, {other} ,") == [(m, 0.25, 1), (other, 1.0, 1)]
+    assert weights(f"{folder}:3") == [(m, 3.0, 1), (other, 3.0, 1)]
     odd = folder / "12:30.jsonl"
     odd.write_text(m.read_text())
-    assert parse_sources(str(odd)) == [Source(odd, 1.0)]
+    assert weights(str(odd)) == [(odd, 1.0, 1)]
     for text, message in [
         ("", "no data source"),
         (f"{m}:0", "the weight must be positive, got 0"),
@@ -110,7 +114,7 @@ def test_sources(folder):
         (f"{folder}/sound", r"has no \.jsonl file"),
     ]:
         with pytest.raises(UserError, match=message):
-            parse_sources(text)
+            read_sources(text)
 
 
 def transcript(folder, content):

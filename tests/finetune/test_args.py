@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 
+import fire
 import pytest
 import yaml
 
@@ -313,3 +314,34 @@ def test_every_key_is_documented():
     for cls in (ModelPaths, LoraArgs, DataArgs, OptimArgs, WandbArgs, EvalArgs):
         for field in fields(cls):
             assert f"{field.name}:" in (cls.__doc__ or "")
+
+
+def test_through_fire(config):
+    path = config(OURS)
+
+    def load(*words):
+        found = []
+        fire.Fire(lambda config, **keys: found.append(load_args(config, keys)), [str(path), *words])
+        return found[0]
+
+    got = load(
+        "--ttt.layers=every:4",
+        "--optim.lr",
+        "2e-6",
+        "--max_steps",
+        "100",
+        "--data.train_data",
+        "data/a.jsonl:0.7,b.jsonl",
+        "--do_ckpt=false",
+        "--wandb_offline",
+    )
+    assert got.ttt == TTTConfig(layers="every:4", chunk_size=8)
+    assert got.optim.lr == 2e-6
+    assert got.max_steps == 100
+    assert got.data.train_data == "data/a.jsonl:0.7,b.jsonl"
+    assert not got.do_ckpt
+    assert got.wandb.offline
+    assert load("--ttt.layers", "[0,2]").ttt.layers == (0, 2)
+    assert load("--ttt.layers", "1,3").ttt.layers == (1, 3)
+    with pytest.raises(UserError, match="--max_step: unknown key"):
+        load("--max_step", "3")

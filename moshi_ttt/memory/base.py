@@ -8,6 +8,7 @@ writes it in place (one frame of a stream). Both compute the same function.
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moshi_ttt.config import TTTConfig
+from moshi_ttt.memory.recompute import recomputed
 from moshi_ttt.ops.norm import EPS
 
 
@@ -121,18 +123,20 @@ class Memory(nn.Module):
         Raises:
             ValueError: a length outside 0..T.
         """
-        dtype = state.conv.dtype
-        qk, v = self._project(x, dtype)
-        frames = torch.cat([state.conv, qk], 1)
-        q, k = self._convolve(frames)
+        dtype, rows = state.conv.dtype, 2 * self.width
+        weight = self.qkv_proj.weight.to(x.dtype)
+        v = self._heads(F.linear(x, weight[rows:]).to(dtype))
+        q, k, conv = recomputed(
+            partial(self._queries, lengths),
+            x,
+            state.conv,
+            weight[:rows],
+            self.conv_weight,
+            self.conv_bias,
+        )
         o, fast = self.op.chunk(self.params(), state.fast, q, k, v, self._eta(x, dtype), lengths)
-        keep = self.config.conv_width - 1
-        if lengths is None:
-            conv = frames[:, x.shape[1] :].clone()
-        else:
-            rows = lengths.view(-1, 1) + torch.arange(keep, device=x.device)
-            conv = frames.gather(1, rows.unsqueeze(-1).expand(-1, -1, frames.shape[-1]))
-        return self._output(o, x.dtype), MemoryState(fast, conv)
+        y = recomputed(self._output, o, self.out_scale, self.o_proj.weight.to(x.dtype))
+        return y, MemoryState(fast, conv)
 
     @torch.no_grad()
     def step(self, x: Tensor, state: MemoryState, exec_mask: Tensor | None = None) -> Tensor:
@@ -149,16 +153,18 @@ class Memory(nn.Module):
         Returns:
             `[B, 1, width]` in the dtype of `x`.
         """
-        dtype = state.conv.dtype
-        qk, v = self._project(x, dtype)
+        dtype, width = state.conv.dtype, self.width
+        qkv = F.linear(x, self.qkv_proj.weight.to(x.dtype)).to(dtype)
+        qk, v = qkv.split([2 * width, width], -1)
         frames = torch.cat([state.conv, qk], 1)
-        q, k = self._convolve(frames)
-        o = self.op.step(self.params(), state.fast, q, k, v, self._eta(x, dtype), exec_mask)
+        q, k = self._convolve(frames, self.conv_weight, self.conv_bias)
+        eta = self._eta(x, dtype)
+        o = self.op.step(self.params(), state.fast, q, k, self._heads(v), eta, exec_mask)
         conv = frames[:, 1:]
         if exec_mask is not None:
             conv = torch.where(exec_mask.view(-1, 1, 1), conv, state.conv)
         state.conv.copy_(conv)
-        return self._output(o, x.dtype)
+        return self._output(o, self.out_scale, self.o_proj.weight.to(x.dtype))
 
     @torch.no_grad()
     def reset_state(self, state: MemoryState, mask: Tensor) -> None:
@@ -167,17 +173,33 @@ class Memory(nn.Module):
         for old, new in zip((*state.fast, state.conv), (*fresh.fast, fresh.conv), strict=True):
             old.copy_(torch.where(mask.view(-1, *[1] * (old.dim() - 1)), new.to(old), old))
 
-    def _project(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The q and k before the convolution `[B, T, 2 * width]`, and v `[B, H, T, D]`."""
-        qkv = F.linear(x, self.qkv_proj.weight.to(x.dtype)).to(dtype)
-        qk, v = qkv.split([2 * self.width, self.width], -1)
-        return qk, v.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+    def _heads(self, x: Tensor) -> Tensor:
+        """`[B, T, width]` -> `[B, H, T, D]`."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def _convolve(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+    def _queries(
+        self,
+        lengths: Tensor | None,
+        x: Tensor,
+        tail: Tensor,
+        weight: Tensor,
+        taps: Tensor,
+        bias: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised q and k of the frames `x`, and the state of the convolution after them."""
+        frames = torch.cat([tail, F.linear(x, weight).to(tail.dtype)], 1)
+        keep = taps.shape[1] - 1
+        if lengths is None:
+            after = frames[:, x.shape[1] :].clone()
+        else:
+            rows = lengths.view(-1, 1) + torch.arange(keep, device=x.device)
+            after = frames.gather(1, rows.unsqueeze(-1).expand(-1, -1, frames.shape[-1]))
+        return *self._convolve(frames, taps, bias), after
+
+    def _convolve(self, frames: Tensor, taps: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, conv_width - 1 + T, 2 * width]` -> normalised q and k, `[B, H, T, D]` each."""
-        taps = self.conv_weight.to(frames.dtype)
         T = frames.shape[1] - taps.shape[1] + 1
-        y = self.conv_bias.to(frames.dtype)
+        y, taps = bias.to(frames.dtype), taps.to(frames.dtype)
         for j in range(taps.shape[1]):
             y = torch.addcmul(y, frames[:, j : j + T], taps[:, j])
         y = F.normalize(y.unflatten(-1, (2, self.num_heads, -1)), dim=-1, eps=EPS)
@@ -189,11 +211,11 @@ class Memory(nn.Module):
         gate = F.linear(x.to(dtype), self.lr_weight.to(dtype), self.lr_bias.to(dtype))
         return torch.sigmoid(gate).mT * (self.base_lr * self.lr_scale / self.head_dim)
 
-    def _output(self, o: Tensor, dtype: torch.dtype) -> Tensor:
+    def _output(self, o: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
         """`Wo (scale * o / sqrt(mean(o^2) + eps))`, per head: `[B, H, T, D]` -> `[B, T, width]`."""
-        scale = self.out_scale.to(o.dtype).unsqueeze(1)
-        o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + EPS) * scale
-        return F.linear(o.transpose(1, 2).flatten(2).to(dtype), self.o_proj.weight.to(dtype))
+        rms = torch.rsqrt(o.square().mean(-1, keepdim=True) + EPS)
+        o = o * rms * scale.to(o.dtype).unsqueeze(1)
+        return F.linear(o.transpose(1, 2).flatten(2).to(weight.dtype), weight)
 
     def _decay(self) -> Tensor | None:
         """Decay per head, `[H]`, or None for plain TTT."""

@@ -151,7 +151,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         grid, L, size = ctx.grid, ctx.layers, ctx.size
         saved = ctx.saved_tensors
         call, weights = _unpack(grid, L, saved[: ctx.given])
@@ -166,7 +166,7 @@ def _unpack(grid: Grid, L: int, tensors: Any) -> tuple[Call, list[Tensor]]:
     """The call, and the weights it starts from."""
     rest = list(tensors[8:])
     start, weights, held = rest[: 2 * L], rest[2 * L : 4 * L], rest[4 * L :]
-    return Call(grid, *tensors[:8], start, held[:L], held[L:]), weights
+    return Call._make([grid, *tensors[:8], start, held[:L], held[L:]]), weights
 
 
 def _learn(c: Call, weights: list[Tensor], begin: int, end: int) -> Written:
@@ -217,7 +217,8 @@ def _learn(c: Call, weights: list[Tensor], begin: int, end: int) -> Written:
     stacked = [[torch.stack(x) for x in xs] for xs in (X[1:], G, Z[:-1], P[:-1])]
     z, xh, mu, rstd, g, u = (torch.stack(x) for x in zip(*top, strict=True))
     keys = [c.k[begin:end], *stacked[0]]
-    return Written(W, b, keys, *stacked[1:], Normed(z, xh, mu, rstd), g, u, writes)
+    G_, Z_, P_ = stacked[1:]
+    return Written(W, b, keys, G_, Z_, P_, Normed(z, xh, mu, rstd), g, u, writes)
 
 
 def _read(

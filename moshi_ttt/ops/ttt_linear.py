@@ -70,7 +70,7 @@ def init_state(params: Params, batch_size: int) -> State:
     Returns:
         A state in float32, float64 if the parameters are.
     """
-    W1, b1 = (_raise(x).expand(batch_size, *x.shape).contiguous() for x in params[:2])
+    W1, b1 = (_raise(x).repeat(batch_size, *[1] * x.dim()) for x in params[:2])
     H, D = params.b1.shape
     k = W1.new_zeros(batch_size, H, params.delta.shape[0], D)
     pos = torch.zeros(batch_size, dtype=torch.int64, device=k.device)

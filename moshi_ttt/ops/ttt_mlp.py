@@ -85,7 +85,7 @@ def init_state(params: Params, batch_size: int) -> State:
     Returns:
         A state in float32, float64 if the parameters are.
     """
-    start = [_raise(x).expand(batch_size, *x.shape).contiguous() for x in params[:4]]
+    start = [_raise(x).repeat(batch_size, *[1] * x.dim()) for x in params[:4]]
     H, D, F = params.W1.shape
     C = params.delta.shape[0]
     k, g1, x2, g2 = (start[0].new_zeros(batch_size, H, C, width) for width in (D, F, F, D))

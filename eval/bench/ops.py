@@ -1,0 +1,253 @@
+"""`python -m eval.bench.ops`: the memories on the CPU, against two baselines, as ratios of one run.
+
+A whole memory layer (projections, convolution, memory, output norm) at B = 1, T = 2048 frames, 8
+heads of 64, chunks of 16 and 64 frames, float32, one thread. Measured:
+
+- bytes that the forward saves for the backward, beyond inputs and parameters (at most 30 MiB),
+- forward and backward, against plain autograd through the chunk form (at most as long),
+- one streamed frame, against the dense streaming form (at most half as long).
+
+Times are medians of 5 interleaved pairs. Where the results of a form and its baseline disagree, no
+time is reported and the exit status is 1. A target missed by less than 10 % is reported as near.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import moshi_ttt.memory.base
+from eval.bench.baselines import DenseOp, plain_scan
+from moshi_ttt.config import TTTConfig
+from moshi_ttt.memory import MEMORIES, Memory, build_memory
+
+PAIRS = 5
+MIB = 2**20
+RESULTS = Path(__file__).parent / "results"
+TARGETS = {"saved_mib": 30.0, "train_ratio": 1.0, "frame_ratio": 0.5}
+"""Largest allowed: MiB saved; time of forward and backward, and of a frame, over the baseline's."""
+
+
+@contextlib.contextmanager
+def plain_autograd(memory: Memory) -> Iterator[None]:
+    """The same layer through plain autograd: nothing is made again in the backward."""
+    with (
+        mock.patch.object(memory.op, "scan", plain_scan),
+        mock.patch.object(moshi_ttt.memory.base, "recomputed", lambda f, *x: f(*x)),
+    ):
+        yield
+
+
+def train(memory: Memory, x: Tensor, weight: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """One forward and backward of `sum(y * weight)`: outputs and all gradients."""
+    inputs = [x, *memory.parameters()]
+    y, _ = memory(x, memory.init_state(x.shape[0]))
+    return y.detach(), list(torch.autograd.grad((y * weight).sum(), inputs))
+
+
+def saved_bytes(memory: Memory, x: Tensor) -> int:
+    """Bytes of the distinct storages saved for the backward, less inputs and parameters."""
+    own = {p.untyped_storage().data_ptr() for p in (x, *memory.parameters())}
+    found: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in own:
+            found[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y, _ = memory(x, memory.init_state(x.shape[0]))
+    assert y.requires_grad
+    return sum(t.untyped_storage().nbytes() for t in found.values())
+
+
+@torch.no_grad()
+def stream(memory: Memory, state: Any, x: Tensor) -> Tensor:
+    """Frame after frame."""
+    return torch.cat([memory.step(x[:, t : t + 1], state) for t in range(x.shape[1])], 1)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
+
+
+def interleaved(ours: Callable[[], Any], base: Callable[[], Any]) -> tuple[float, float, float]:
+    """Median seconds of each over `PAIRS` interleaved pairs, and the median of their ratios."""
+    for f in (ours, base):
+        f()
+    pairs = []
+    for _ in range(PAIRS):
+        times = []
+        for f in (ours, base):
+            begin = time.perf_counter()
+            f()
+            times.append(time.perf_counter() - begin)
+        pairs.append(times)
+    a, b = zip(*pairs, strict=True)
+    ratios = [x / y for x, y in pairs]
+    return statistics.median(a), statistics.median(b), statistics.median(ratios)
+
+
+def measure(family: str, chunk_size: int, width: int, heads: int, frames: int) -> dict[str, Any]:
+    """One row of the table.
+
+    Raises:
+        ArithmeticError: a form and its baseline disagree.
+    """
+    torch.manual_seed(0)
+    memory = build_memory(width, heads, TTTConfig(memory=family, chunk_size=chunk_size))
+    x = torch.randn(1, frames, width, requires_grad=True)
+    weight = torch.randn(1, frames, width)
+
+    y, grads = train(memory, x, weight)
+    with plain_autograd(memory):
+        y_plain, grads_plain = train(memory, x, weight)
+        plain_bytes = saved_bytes(memory, x)
+    agree = {"outputs": difference(y, y_plain)}
+    agree["gradients"] = max(difference(a, b) for a, b in zip(grads, grads_plain, strict=True))
+
+    n = min(frames, 4 * max(chunk_size, 64))
+    piece = x[:, :n].detach()
+    dense = DenseOp(memory.op)
+
+    def with_dense(f: Callable[[], Any]) -> Any:
+        with mock.patch.object(type(memory), "op", dense):
+            return f()
+
+    with torch.no_grad():
+        state, dense_state = memory.init_state(1), with_dense(lambda: memory.init_state(1))
+    streamed = stream(memory, state, piece)
+    streamed_dense = with_dense(lambda: stream(memory, dense_state, piece))
+    agree["streamed"] = difference(streamed, y[:, :n])
+    agree["streamed dense"] = difference(streamed_dense, y[:, :n])
+    for what, limit in (
+        ("outputs", 1e-5),
+        ("gradients", 1e-4),
+        ("streamed", 1e-5),
+        ("streamed dense", 1e-5),
+    ):
+        if not agree[what] <= limit:
+            raise ArithmeticError(
+                f"{family}, chunks of {chunk_size}: {what} differ by {agree[what]:.1e} relative, "
+                f"more than {limit:.0e}; no speed is reported"
+            )
+
+    def plain() -> None:
+        with plain_autograd(memory):
+            train(memory, x, weight)
+
+    ours, base, ratio = interleaved(lambda: train(memory, x, weight), plain)
+    frame, frame_base, frame_ratio = interleaved(
+        lambda: stream(memory, state, piece),
+        lambda: with_dense(lambda: stream(memory, dense_state, piece)),
+    )
+    return {
+        "memory": family,
+        "chunk_size": chunk_size,
+        "saved_mib": saved_bytes(memory, x) / MIB,
+        "saved_mib_plain": plain_bytes / MIB,
+        "train_s": ours,
+        "train_s_plain": base,
+        "train_ratio": ratio,
+        "frame_ms": 1e3 * frame / n,
+        "frame_ms_dense": 1e3 * frame_base / n,
+        "frame_ratio": frame_ratio,
+        "differences": agree,
+    }
+
+
+def verdict(value: float, target: float) -> str:
+    """`met`, `near` (missed by at most 10 %) or `missed`."""
+    return "met" if value <= target else "near" if value <= 1.1 * target else "missed"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| memory | C | saved MiB (plain) | train s (plain) | ratio | frame ms (dense) | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        marks = {k: f"{r[k]:.2f} {verdict(r[k], t)}" for k, t in TARGETS.items()}
+        lines.append(
+            f"| {r['memory']} | {r['chunk_size']} "
+            f"| {marks['saved_mib']} ({r['saved_mib_plain']:.0f}) "
+            f"| {r['train_s']:.3f} ({r['train_s_plain']:.3f}) | {marks['train_ratio']} "
+            f"| {r['frame_ms']:.3f} ({r['frame_ms_dense']:.3f}) | {marks['frame_ratio']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def provenance() -> dict[str, str]:
+    """Commit, machine, versions, command and date."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(
+            ["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        )
+        return done.stdout.strip()
+
+    dirty = " with changes" if git("status", "--porcelain", "--", "../../moshi_ttt") else ""
+    return {
+        "commit": (git("rev-parse", "HEAD") or "unknown") + dirty,
+        "machine": f"{platform.processor() or platform.machine()}, "
+        f"{torch.backends.cpu.get_cpu_capability()}, 1 thread",
+        "versions": f"python {platform.python_version()}, torch {torch.__version__}",
+        "command": shlex.join(["python", "-m", "eval.bench.ops", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def main() -> int:
+    """Measure every memory, print the table and write it down."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--memories", nargs="+", default=list(MEMORIES), choices=list(MEMORIES))
+    parser.add_argument("--chunk-sizes", nargs="+", type=int, default=[16, 64])
+    parser.add_argument("--frames", type=int, default=2048)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory for ops.json, ops.md")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for family in args.memories:
+        for chunk_size in args.chunk_sizes:
+            try:
+                rows.append(measure(family, chunk_size, args.width, args.heads, args.frames))
+            except ArithmeticError as error:
+                sys.stderr.write(f"{error}\n")
+                return 1
+            sys.stderr.write(f"{family}, chunks of {chunk_size}: done\n")
+    about = provenance()
+    sys.stdout.write(table(rows))
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "ops.json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    facts = "".join(f"- {k}: `{v}`\n" for k, v in about.items())
+    shape = f"B = 1, T = {args.frames}, {args.heads} heads of {args.width // args.heads}, float32"
+    (args.out / "ops.md").write_text(
+        f"# Memories on the CPU\n\nA whole layer, {shape}; medians of {PAIRS} interleaved pairs. "
+        f"Targets: {TARGETS}.\n\n{table(rows)}\n{facts}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,11 +12,14 @@ from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 from moshi.models.loaders import _lm_kwargs, _seanet_kwargs, _transformer_kwargs, get_mimi
 from moshi.quantization.core_vq import EuclideanCodebook
+from safetensors.torch import save_file
+from sentencepiece import SentencePieceProcessor
 from torch import nn
 
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.hybrid import splice
 from moshi_ttt.states import ttt_blocks
+from moshi_ttt.tiny.model import ASSETS
 
 CARD, TEXT_CARD, CONTEXT = 64, 64, 20
 
@@ -28,6 +34,31 @@ LM_KWARGS: dict[str, Any] = {
     "depformer_dim_feedforward": 32,
     "depformer_num_heads": 2,
     "depformer_num_layers": 1,
+}
+
+MIMI_CONFIG: dict[str, Any] = {
+    "sample_rate": 24_000,
+    "channels": 1,
+    "frame_rate": 12.5,
+    "seanet": dict(_seanet_kwargs, dimension=16, n_filters=2),
+    "transformer": dict(
+        _transformer_kwargs,
+        d_model=16,
+        num_heads=2,
+        num_layers=1,
+        layer_scale=0.1,
+        context=30,
+        dim_feedforward=32,
+        input_dimension=16,
+        output_dimensions=[16],
+    ),
+    "quantizer": {
+        "dimension": 8,
+        "n_q": 8,
+        "bins": CARD,
+        "input_dimension": 16,
+        "output_dimension": 16,
+    },
 }
 
 
@@ -48,33 +79,9 @@ def small_mimi(*, seed: int = 0) -> MimiModel:
 
     Its codes vary with the sound, and what it decodes is noise that varies with the codes.
     """
-    config = {
-        "sample_rate": 24_000,
-        "channels": 1,
-        "frame_rate": 12.5,
-        "seanet": dict(_seanet_kwargs, dimension=16, n_filters=2),
-        "transformer": dict(
-            _transformer_kwargs,
-            d_model=16,
-            num_heads=2,
-            num_layers=1,
-            layer_scale=0.1,
-            context=30,
-            dim_feedforward=32,
-            input_dimension=16,
-            output_dimensions=[16],
-        ),
-        "quantizer": {
-            "dimension": 8,
-            "n_q": 8,
-            "bins": CARD,
-            "input_dimension": 16,
-            "output_dimension": 16,
-        },
-    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        mimi = get_mimi(None, config, num_codebooks=8)
+        mimi = get_mimi(None, MIMI_CONFIG, num_codebooks=8)
         for module in mimi.modules():
             if isinstance(module, EuclideanCodebook):
                 nn.init.normal_(module.embedding_sum)
@@ -108,3 +115,30 @@ def small_hybrid(*, seed: int = 0, **config: Any) -> LMModel:
     splice(lm, TTTConfig(**({"layers": "all", "chunk_size": 4, "num_heads": 2} | config)))
     randomise_memories(lm, seed=seed)
     return lm.eval()
+
+
+def small_tokenizer() -> SentencePieceProcessor:
+    """The tokenizer that is shipped with the tiny base."""
+    return SentencePieceProcessor(str(ASSETS / "tokenizer.model"))
+
+
+def small_base(folder: Path, *, seed: int = 0) -> Path:
+    """Write `small_lm` and `small_mimi` as a base that moshi's own loader reads; returns `folder`.
+
+    Its text card is that of `small_tokenizer`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lm_config = {**_lm_kwargs, **LM_KWARGS, "text_card": small_tokenizer().vocab_size()}
+    lm = small_lm(seed=seed, text_card=lm_config["text_card"])
+    save_file({k: v.contiguous() for k, v in lm.state_dict().items()}, folder / "model.safetensors")
+    save_file(dict(small_mimi(seed=seed).state_dict()), folder / "mimi.safetensors")
+    (folder / "mimi_config.json").write_text(json.dumps(MIMI_CONFIG))
+    shutil.copyfile(ASSETS / "tokenizer.model", folder / "tokenizer.model")
+    names = {
+        "moshi_name": "model.safetensors",
+        "mimi_name": "mimi.safetensors",
+        "mimi_config_name": "mimi_config.json",
+        "tokenizer_name": "tokenizer.model",
+    }
+    (folder / "config.json").write_text(json.dumps(lm_config | names))
+    return folder

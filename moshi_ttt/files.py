@@ -1,0 +1,51 @@
+"""Files that appear whole or not at all, and the newest checkpoint of a folder of runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moshi_ttt.errors import UserError
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a name beside `path` to write to; it takes the place of `path` when all went well.
+
+    If the body raises, an interrupt included, what it wrote is removed and `path` is as it was.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """See that a file can be made at `path`, before the work whose result it is to hold.
+
+    Raises:
+        UserError: its folder does not exist or is not writable, or `path` is a folder.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: the folder {path.parent} is not writable")
+    return path
+
+
+def newest_checkpoint(root: str | os.PathLike[str] = "runs") -> Path | None:
+    """The checkpoint written last under `root/*/checkpoints/`, by the time of its ttt.json.
+
+    Returns:
+        Its `consolidated` folder, or None if there is none.
+    """
+    found = list(Path(root).glob("*/checkpoints/checkpoint_*/consolidated/ttt.json"))
+    return max(found, key=lambda file: file.stat().st_mtime_ns).parent if found else None

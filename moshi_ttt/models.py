@@ -1,0 +1,109 @@
+"""What there is to talk to: a checkpoint, a bare base, or the embedded default."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from moshi.models.compression import MimiModel
+from moshi.models.lm import LMModel
+from safetensors import safe_open
+from sentencepiece import SentencePieceProcessor
+
+from moshi_ttt.checkpoint import Base, find_base, load, load_base
+from moshi_ttt.errors import UserError
+from moshi_ttt.files import newest_checkpoint
+
+_NUMBERS_PER_THREAD = 1 << 25
+EMBEDDED_BASE = Path("data/tiny/base")
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Talker:
+    """The parts of a Moshi, on one device, in eval mode.
+
+    Attributes:
+        lm: with a memory or without.
+        mimi: the codec.
+        tokenizer: of the text.
+        gen_config: what the base's config.json says of sampling.
+        name: what this is and how it was chosen, for people.
+    """
+
+    lm: LMModel
+    mimi: MimiModel
+    tokenizer: SentencePieceProcessor
+    gen_config: dict[str, Any]
+    name: str
+
+    @property
+    def cpu_threads(self) -> int:
+        """Threads for the CPU's part: where little is computed, more of them only wait."""
+        numbers = sum(p.numel() for p in self.lm.parameters())
+        return min(1 + numbers // _NUMBERS_PER_THREAD, os.cpu_count() or 1)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; None is CUDA where there is one, else the CPU.
+
+    Raises:
+        UserError: no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"device {name!r} is unknown; choose cuda, cuda:1, ... or cpu") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name}: {torch.cuda.device_count()} CUDA devices were found")
+    return device
+
+
+def open_talker(
+    checkpoint: str | None, base: str | None, device: torch.device, *, runs: str = "runs"
+) -> Talker:
+    """Load what is named, or else the newest checkpoint under `runs`, or else the embedded base.
+
+    A base without a checkpoint is talked to as it is, without a memory.
+
+    Raises:
+        UserError: it cannot be found or does not fit (see `moshi_ttt.checkpoint`).
+    """
+    newest = None if checkpoint or base else newest_checkpoint(runs)
+    if checkpoint or newest:
+        loaded = load(checkpoint or str(newest), base=base, device=device)
+        name = f"checkpoint {checkpoint or newest}" + (
+            f" (the newest under {runs}/)" if newest else ""
+        )
+        return _with_codec(loaded.lm, loaded.base, device, name)
+    name = f"base {base}, without a memory"
+    if base is None:
+        from moshi_ttt.tiny import build_base
+
+        if not (EMBEDDED_BASE / "config.json").is_file():
+            build_base(EMBEDDED_BASE)
+        base = str(EMBEDDED_BASE)
+        name = (
+            f"the embedded base {base}, untrained and without a memory (no checkpoint in {runs}/)"
+        )
+    found = find_base(base)
+    lm = load_base(found, device=device, dtype=_stored_dtype(found.info.moshi_weights))
+    return _with_codec(lm, found, device, name)
+
+
+def _with_codec(lm: LMModel, base: Base, device: torch.device, name: str) -> Talker:
+    try:
+        mimi, tokenizer = base.info.get_mimi(device), base.info.get_text_tokenizer()
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"base {base.name}: its codec or tokenizer is broken: {reason}") from error
+    return Talker(lm, mimi, tokenizer, dict(base.info.lm_gen_config), name)
+
+
+def _stored_dtype(weights: Path) -> torch.dtype:
+    with safe_open(weights, "pt") as file:
+        stored = {file.get_slice(key).get_dtype() for key in file.keys()} & set(_DTYPES)
+    return _DTYPES[min(stored, key=list(_DTYPES).index)]

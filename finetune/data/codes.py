@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,6 +23,7 @@ from finetune.data.manifest import Recording
 from moshi_ttt.audio import read_audio
 from moshi_ttt.codec import encode_recording
 from moshi_ttt.errors import UserError, no_space_left
+from moshi_ttt.files import written_whole
 
 FORMAT = "1"
 log = logging.getLogger(__name__)
@@ -200,20 +200,9 @@ def _read_frames(file: Path) -> int | None:
     return None
 
 
-@contextmanager
-def _renamed(file: Path) -> Iterator[Path]:
-    """A path to write to that becomes `file` when all went well, and is removed when not."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        yield beside
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def _write(file: Path, codes: Tensor) -> None:
     small = codes.to("cpu", torch.int16).contiguous()
-    with _renamed(file) as beside:
+    with written_whole(file) as beside:
         save_file({"codes": small}, beside, {"sha1": _digest(small)})
 
 

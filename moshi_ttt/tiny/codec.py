@@ -227,9 +227,9 @@ def match_level(mimi: MimiModel, speech: Tensor) -> float:
 
 def train(
     out: str,
-    minutes: float = 60.0,
-    encoder_steps: int = 2500,
-    decoder_steps: int = 1800,
+    minutes: float = 40.0,
+    encoder_steps: int = 1500,
+    decoder_steps: int = 1500,
     seed: int = 0,
 ) -> dict[str, float]:
     """Train a tiny Mimi and write `mimi.safetensors` (float16) and `mimi_config.json`.

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moshi_ttt.codec import encode_recording
+from moshi_ttt.ring import widen_kv_rings
 from moshi_ttt.tiny import CorpusSpec, load_codec
 from moshi_ttt.tiny.measure import measure_codec
 from moshi_ttt.tiny.model import ASSETS
@@ -28,9 +29,9 @@ def test_level_rhythm_and_codes_on_held_out_speech(mimi):
     assert found["envelope"] > 0.9
     assert found["silence_dbfs"] < -50
     assert found["silence_steady"]
-    assert 3 < found["entropy"][0] < 4.5
+    assert 3 < found["entropy"][0] < 4.2
     assert min(found["entropy"]) > 2.5
-    assert min(found["used"]) > 64
+    assert min(found["used"]) > 48
     assert found["repeat"][0] > 0.7
 
 
@@ -47,9 +48,13 @@ def test_several_frames_a_call_equal_one_by_one(mimi, frames_per_call):
     assert codes.shape == (2, 8, 121)
     padded = torch.nn.functional.pad(pcm, (0, 1220))
     with torch.no_grad(), mimi.streaming(2):
+        widen_kv_rings(mimi, 2)
         single = [mimi.encode(frame[:, None]) for frame in padded.split(1920, dim=-1)]
     # A latent may lie on the border between two codes, where rounding decides.
     assert (codes == torch.cat(single, -1)).float().mean() > 0.999
+    with torch.no_grad():
+        offline = mimi.encode(padded[:, None])
+    assert (codes == offline).float().mean() > 0.999
     assert not mimi.is_streaming
 
 

@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moshi_ttt.ops.grid import Grid, position_scale
-from moshi_ttt.ops.norm import inner_gradient, normalise
 from moshi_ttt.ops.scan import scan
+from moshi_ttt.ops.stream import Fast, Slow, advance
 
 
 class Params(NamedTuple):
@@ -167,35 +167,10 @@ def step(
     Returns:
         The output, in the state's dtype.
     """
-    dtype, C = state.W1.dtype, params.delta.shape[0]
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    gamma, beta = params.gamma.to(dtype).unsqueeze(1), params.beta.to(dtype).unsqueeze(1)
-    t = (state.pos % C).view(-1, 1, 1, 1)
-    slot = torch.arange(C, device=t.device).view(-1, 1)
-    z, zq = (torch.cat([k, q], 2) @ state.W1 + state.b1.unsqueeze(2)).split(1, 2)
-    g, _ = inner_gradient(normalise(z), gamma * gamma, gamma * (beta - v + k))
-    here = slot == t if exec_mask is None else (slot == t) & exec_mask.view(-1, 1, 1, 1)
-    state.k.copy_(torch.where(here, k, state.k))
-    state.g1.copy_(torch.where(here, g * eta.to(dtype).unsqueeze(-1), state.g1))
-    tau = position_scale(params.delta.to(dtype))
-    a = (q @ state.k.mT + 1) * tau[t] * (slot <= t).mT
-    o = q + beta + gamma * normalise(zq - a @ state.g1).xh
-
-    write = t == C - 1 if exec_mask is None else (t == C - 1) & exec_mask.view(-1, 1, 1, 1)
-    if t.is_cuda or write.any():
-        scale = tau[-1] * write
-        decay = None if params.decay is None else params.decay.to(dtype).view(-1, 1, 1) * write
-        new = state.W1 - (scale * state.k).mT @ state.g1
-        bias = state.b1 - (scale * state.g1).sum(2)
-        if decay is not None:
-            new = torch.lerp(new, params.W1.to(dtype).expand_as(new), decay)
-            bias = torch.lerp(bias, params.b1.to(dtype).expand_as(bias), decay.squeeze(-1))
-        state.W1.copy_(new)
-        state.b1.copy_(bias)
-        for x in (state.k, state.g1):
-            x.copy_(x.masked_fill(write, 0))
-    state.pos.add_(1 if exec_mask is None else exec_mask.to(state.pos))
-    return o
+    W1, k_buf, g1 = (x.view(-1, *x.shape[2:]) for x in (state.W1, state.k, state.g1))
+    fast = Fast([W1], [state.b1.view(-1, 1, state.b1.shape[2])], [k_buf], [g1], state.pos)
+    slow = Slow(params.gamma, params.beta, params.delta, params.decay, params[:2])
+    return advance(slow, fast, q, k, v, eta, exec_mask)
 
 
 def _raise(x: Tensor) -> Tensor:

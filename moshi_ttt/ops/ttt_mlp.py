@@ -21,8 +21,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moshi_ttt.ops.grid import Grid, position_scale
-from moshi_ttt.ops.norm import gelu, gelu_pull, inner_gradient, normalise
 from moshi_ttt.ops.scan import scan
+from moshi_ttt.ops.stream import Fast, Slow, advance
 
 
 class Params(NamedTuple):
@@ -189,45 +189,11 @@ def step(
     Returns:
         The output, in the state's dtype.
     """
-    dtype, C = state.W1.dtype, params.delta.shape[0]
-    q, k, v, eta = q.to(dtype), k.to(dtype), v.to(dtype), eta.to(dtype).unsqueeze(-1)
-    gamma, beta = params.gamma.to(dtype).unsqueeze(1), params.beta.to(dtype).unsqueeze(1)
-    t = (state.pos % C).view(-1, 1, 1, 1)
-    slot = torch.arange(C, device=t.device).view(-1, 1)
-    z1, z1q = (torch.cat([k, q], 2) @ state.W1 + state.b1.unsqueeze(2)).split(1, 2)
-    x2 = gelu(z1)
-    z2 = x2 @ state.W2 + state.b2.unsqueeze(2)
-    g2, _ = inner_gradient(normalise(z2), gamma * gamma, gamma * (beta - v + k))
-    g1 = gelu_pull(g2 @ state.W2.mT, z1)
-    here = slot == t if exec_mask is None else (slot == t) & exec_mask.view(-1, 1, 1, 1)
-    rows = ((state.k, k), (state.g1, eta * g1), (state.x2, x2), (state.g2, eta * g2))
-    for buffer, row in rows:
-        buffer.copy_(torch.where(here, row, buffer))
-    tau = position_scale(params.delta.to(dtype))
-    seen = tau[t] * (slot <= t).mT
-    x2q = gelu(z1q - ((q @ state.k.mT + 1) * seen) @ state.g1)
-    z2q = x2q @ state.W2 + state.b2.unsqueeze(2) - ((x2q @ state.x2.mT + 1) * seen) @ state.g2
-    o = q + beta + gamma * normalise(z2q).xh
-
-    write = t == C - 1 if exec_mask is None else (t == C - 1) & exec_mask.view(-1, 1, 1, 1)
-    if t.is_cuda or write.any():
-        scale = tau[-1] * write
-        decay = None if params.decay is None else params.decay.to(dtype).view(-1, 1, 1) * write
-        new = [
-            state.W1 - (scale * state.k).mT @ state.g1,
-            state.b1 - (scale * state.g1).sum(2),
-            state.W2 - (scale * state.x2).mT @ state.g2,
-            state.b2 - (scale * state.g2).sum(2),
-        ]
-        for old, x, start in zip(state[:4], new, params[:4], strict=True):
-            if decay is not None:
-                pull = decay if x.dim() == 4 else decay.squeeze(-1)
-                x = torch.lerp(x, start.to(dtype).expand_as(x), pull)
-            old.copy_(x)
-        for buffer, _ in rows:
-            buffer.copy_(buffer.masked_fill(write, 0))
-    state.pos.add_(1 if exec_mask is None else exec_mask.to(state.pos))
-    return o
+    W1, W2, k_buf, g1, x2, g2 = (x.view(-1, *x.shape[2:]) for x in state if x.dim() == 4)
+    b1, b2 = (x.view(-1, 1, x.shape[2]) for x in (state.b1, state.b2))
+    fast = Fast([W1, W2], [b1, b2], [k_buf, x2], [g1, g2], state.pos)
+    slow = Slow(params.gamma, params.beta, params.delta, params.decay, params[:4])
+    return advance(slow, fast, q, k, v, eta, exec_mask)
 
 
 def _raise(x: Tensor) -> Tensor:

@@ -1,0 +1,204 @@
+"""One frame of a stream, in the low-rank form: weights are read, rows are appended to buffers.
+
+It serves the memories that `scan` serves, with the same letters. A frame computes its own row G at
+the chunk-start weights, puts it and its X at place `t = pos % C` of the buffers, and reads
+
+    Zq = Xq W + b - tau_t (Xq . X_buf + 1) G_buf        over the rows 0..t
+
+Frame C-1 writes all rows into the weights at once. Nothing here reads a position on the host when
+the state is on CUDA; on the CPU rows that stand together take slices instead of masks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moshi_ttt.ops.grid import position_scale
+from moshi_ttt.ops.norm import gelu, gelu_pull, inner_gradient, normalise
+
+
+class Fast(NamedTuple):
+    """Views of a state that are written in place; N = B * H.
+
+    Attributes:
+        W: per layer `[N, in, out]`.
+        b: per layer `[N, 1, out]`.
+        X: per layer `[N, C, in]`, buffer.
+        G: per layer `[N, C, out]`, buffer.
+        pos: `[B]` int64.
+    """
+
+    W: list[Tensor]
+    b: list[Tensor]
+    X: list[Tensor]
+    G: list[Tensor]
+    pos: Tensor
+
+
+class Slow(NamedTuple):
+    """Learned tensors as a frame uses them.
+
+    Attributes:
+        gamma: `[H, D]`.
+        beta: `[H, D]`.
+        delta: `[C]`.
+        decay: `[H]` or None.
+        start: W0 and b0 of each layer, flat: `[H, in, out]`, `[H, out]`, ...
+    """
+
+    gamma: Tensor
+    beta: Tensor
+    delta: Tensor
+    decay: Tensor | None
+    start: tuple[Tensor, ...]
+
+
+def advance(
+    slow: Slow, fast: Fast, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, exec_mask: Tensor | None
+) -> Tensor:
+    """Pass one frame and write the state in place.
+
+    Args:
+        slow: learned tensors, any floating dtype.
+        fast: the state.
+        q: queries `[B, H, 1, D]`.
+        k: keys, likewise.
+        v: values, likewise.
+        eta: inner learning rates `[B, H, 1]`.
+        exec_mask: `[B]` bool, rows that have a frame, or None for all.
+
+    Returns:
+        Outputs `[B, H, 1, D]`, in the state's dtype.
+    """
+    dtype, (B, H, _, D) = fast.W[0].dtype, q.shape
+    q, k, v = (x.to(dtype).reshape(B * H, 1, D) for x in (q, k, v))
+    eta = eta.to(dtype).reshape(B * H, 1, 1)
+    gamma, beta = (_rows(x.to(dtype), B).unsqueeze(1) for x in slow[:2])
+    delta = slow.delta.to(dtype)
+    t = _together(fast.pos, delta.shape[0], exec_mask)
+    place = _Masked(fast.pos, delta, exec_mask, H) if t is None else _Sliced(t, delta)
+
+    z, zq = torch.baddbmm(fast.b[0], torch.cat([k, q], 1), fast.W[0]).split(1, 1)
+    X, Z = [k], [z]
+    for W, b in zip(fast.W[1:], fast.b[1:], strict=True):
+        X.append(gelu(Z[-1]))
+        Z.append(torch.baddbmm(b, X[-1], W))
+    g, _ = inner_gradient(normalise(Z[-1]), gamma * gamma, gamma * (beta - v + k))
+    G = [g * eta]
+    for W, z in zip(fast.W[:0:-1], Z[-2::-1], strict=True):
+        G.insert(0, gelu_pull(torch.bmm(G[0], W.mT), z))
+    for buffer, row in zip((*fast.X, *fast.G), (*X, *G), strict=True):
+        place.put(buffer, row)
+    x = q
+    for l, (W, b) in enumerate(zip(fast.W, fast.b, strict=True)):
+        if l:
+            x = gelu(zq)
+            zq = torch.baddbmm(b, x, W)
+        zq = place.read(zq, x, fast.X[l], fast.G[l])
+    if place.at_boundary():
+        _write(slow, fast, place, B)
+    fast.pos.add_(1 if exec_mask is None else exec_mask.to(fast.pos))
+    return torch.addcmul(q + beta, gamma, normalise(zq).xh).view(B, H, 1, D)
+
+
+def _rows(x: Tensor, B: int) -> Tensor:
+    """`[H, ...]` -> `[B * H, ...]`."""
+    return x.expand(B, *x.shape).flatten(0, 1)
+
+
+def _together(pos: Tensor, C: int, exec_mask: Tensor | None) -> int | None:
+    """The place in the chunk that all rows share, where it may be asked (on the CPU)."""
+    if pos.device.type != "cpu" or not (exec_mask is None or exec_mask.all()):
+        return None
+    places = {p % C for p in pos.tolist()}
+    return places.pop() if len(places) == 1 else None
+
+
+class _Sliced:
+    """All rows at place t."""
+
+    scale = None
+
+    def __init__(self, t: int, delta: Tensor) -> None:
+        self.t, self.C = t, delta.shape[0]
+        tau = position_scale(delta).tolist()
+        self.tau, self.rate = tau[t], tau[-1]
+
+    def put(self, buffer: Tensor, row: Tensor) -> None:
+        buffer[:, self.t] = row[:, 0]
+
+    def read(self, z: Tensor, x: Tensor, X: Tensor, G: Tensor) -> Tensor:
+        end = self.t + 1
+        a = torch.bmm(x, X[:, :end].mT).add_(1)
+        return torch.baddbmm(z, a, G[:, :end], alpha=-self.tau)
+
+    def at_boundary(self) -> bool:
+        return self.t == self.C - 1
+
+    def write(self, W: Tensor, b: Tensor, X: Tensor, G: Tensor) -> None:
+        W.baddbmm_(X.mT, G, alpha=-self.rate)
+        b.sub_(G.sum(1, keepdim=True), alpha=self.rate)
+
+    def pull(self, decay: Tensor) -> Tensor:
+        return decay
+
+    def clear(self, buffer: Tensor) -> None:
+        buffer.zero_()
+
+
+class _Masked:
+    """Rows anywhere, some without a frame."""
+
+    def __init__(self, pos: Tensor, delta: Tensor, exec_mask: Tensor | None, H: int) -> None:
+        C = delta.shape[0]
+
+        def rows(x: Tensor) -> Tensor:  # [B] -> [N, 1, 1]
+            return x.repeat_interleave(H, output_size=H * x.shape[0]).view(-1, 1, 1)
+
+        t = rows(pos % C)
+        slot = torch.arange(C, device=pos.device).view(-1, 1)
+        self.here, self.done = slot == t, t == C - 1
+        if exec_mask is not None:
+            mask = rows(exec_mask)
+            self.here, self.done = self.here & mask, self.done & mask
+        tau = position_scale(delta)
+        self.tau, self.before = tau[t], slot <= t
+        self.rate = tau[-1] * self.done
+
+    def put(self, buffer: Tensor, row: Tensor) -> None:
+        torch.where(self.here, row, buffer, out=buffer)
+
+    def read(self, z: Tensor, x: Tensor, X: Tensor, G: Tensor) -> Tensor:
+        a = torch.where(self.before.mT, (torch.bmm(x, X.mT) + 1) * self.tau, 0)
+        return torch.baddbmm(z, a, torch.where(self.before, G, 0), alpha=-1)
+
+    def at_boundary(self) -> bool:
+        return self.done.is_cuda or bool(self.done.any())
+
+    def write(self, W: Tensor, b: Tensor, X: Tensor, G: Tensor) -> None:
+        G = torch.where(self.done, G, 0) * self.rate
+        W.baddbmm_(torch.where(self.done, X, 0).mT, G, alpha=-1)
+        b.sub_(G.sum(1, keepdim=True))
+
+    def pull(self, decay: Tensor) -> Tensor:
+        return decay * self.done
+
+    def clear(self, buffer: Tensor) -> None:
+        buffer.masked_fill_(self.done, 0)
+
+
+def _write(slow: Slow, fast: Fast, place: _Sliced | _Masked, B: int) -> None:
+    """The rows of a full chunk into the weights, and the decay towards W0."""
+    decay = None
+    if slow.decay is not None:
+        decay = place.pull(_rows(slow.decay.to(fast.W[0].dtype), B).view(-1, 1, 1))
+    for l, (W, b, X, G) in enumerate(zip(*fast[:4], strict=True)):
+        place.write(W, b, X, G)
+        if decay is not None:
+            for x, start in ((W, slow.start[2 * l]), (b, slow.start[2 * l + 1].unsqueeze(1))):
+                x.lerp_(_rows(start.to(x.dtype), B), decay)
+        place.clear(X)
+        place.clear(G)

@@ -77,12 +77,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--save-session", help="file for the whole conversation")
     p.add_argument("--load-session", help="go on with such a conversation, to the bit")
     args = p.parse_args(argv)
-    if args.file is not None and args.out is None:
-        raise UserError("--file needs --out")
-    if args.out is not None and Path(args.out).suffix.lower() != ".wav":
-        raise UserError(f"--out writes wav: {args.out} should end in .wav")
-    if args.file is not None and Path(args.file).resolve() == Path(args.out).resolve():
-        raise UserError(f"--out {args.out} would overwrite the file that is talked to")
+    if args.file is not None:
+        if args.out is None:
+            raise UserError("--file needs --out")
+        if Path(args.out).suffix.lower() != ".wav":
+            raise UserError(f"--out writes wav: {args.out} should end in .wav")
+        if Path(args.file).resolve() == Path(args.out).resolve():
+            raise UserError(f"--out {args.out} would overwrite the file that is talked to")
     if args.file is None and (args.out is not None or args.channel is not None):
         raise UserError("--out and --channel go with --file")
     if not args.mic and (args.input_device is not None or args.output_device is not None):

@@ -109,12 +109,20 @@ def randomise_memories(lm: nn.Module, *, seed: int = 0) -> None:
                 parameter.add_(torch.randn_like(parameter) * (0.3 if start else 0.1))
 
 
-def small_hybrid(*, seed: int = 0, **config: Any) -> LMModel:
-    """`small_lm` in eval mode with a TTT-MLP of chunk 4 in both layers, all of it random."""
-    lm = small_lm(seed=seed)
-    splice(lm, TTTConfig(**({"layers": "all", "chunk_size": 4, "num_heads": 2} | config)))
-    randomise_memories(lm, seed=seed)
-    return lm.eval()
+def small_hybrid(*, seed: int = 0, lm: dict[str, Any] | None = None, **config: Any) -> LMModel:
+    """`small_lm` in eval mode with a TTT-MLP of chunk 4 in both layers, all of it random.
+
+    Args:
+        seed: of the weights.
+        lm: overrides for `small_lm`.
+        config: of `TTTConfig`.
+    """
+    model = small_lm(seed=seed, **(lm or {}))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        splice(model, TTTConfig(**({"layers": "all", "chunk_size": 4, "num_heads": 2} | config)))
+    randomise_memories(model, seed=seed)
+    return model.eval()
 
 
 def small_tokenizer() -> SentencePieceProcessor:

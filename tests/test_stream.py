@@ -1,0 +1,467 @@
+"""The engine is moshi's own loop; files, microphones and mistakes on the command line."""
+
+import os
+import signal
+import sys
+import threading
+import types
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from moshi.run_inference import InferenceState
+
+from moshi_ttt import loops, sound
+from moshi_ttt.checkpoint import find_base, save_checkpoint
+from moshi_ttt.engine import Engine, FrameTimes, Sampling, memory_norms
+from moshi_ttt.errors import UserError
+from moshi_ttt.files import newest_checkpoint, written_whole
+from moshi_ttt.loops import statistics, stream_file, talk
+from moshi_ttt.sound import FRAME, FrameRing, SoundCard
+from moshi_ttt.stream import main
+from tests.small import small_base, small_hybrid, small_mimi, small_tokenizer
+
+CARD = small_tokenizer().vocab_size()
+
+
+def hybrid(**overrides):
+    return small_hybrid(lm={"text_card": CARD}, **overrides)
+
+
+def engine_for(lm=None, **options):
+    return Engine(lm or hybrid(), small_mimi(), small_tokenizer(), **options)
+
+
+def noise(frames, rows=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return 0.1 * torch.randn(frames, rows, 1, FRAME, generator=generator)
+
+
+def run(engine, frames):
+    """Voice [B, T * 1920], texts and tokens [B, 9, T]."""
+    said = [(f.pcm.clone(), f.text, f.tokens) for f in map(engine.step, frames)]
+    pcm, text, tokens = zip(*said, strict=True)
+    return torch.cat(pcm, 1), list(text), torch.stack(tokens, 2)
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory):
+    """A base and a checkpoint with a memory on disk."""
+    folder = tmp_path_factory.mktemp("talking")
+    base = find_base(small_base(folder / "base"))
+    lm = hybrid()
+    out = save_checkpoint(lm, folder / "runs/a/checkpoints/checkpoint_000001", base)
+    return types.SimpleNamespace(root=folder, base=folder / "base", checkpoint=str(out))
+
+
+# -- the engine -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("late", [1, 2])
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_stream_is_moshis_own_run_inference(greedy, late):
+    delays = [0] + 2 * ([0] + 7 * [late])
+    lm, mimi, frames = hybrid(), small_mimi(), noise(24)
+    lm.delays = delays
+    with engine_for(lm, sampling=Sampling(greedy=greedy), seed=5) as engine:
+        pcm, text, tokens = run(engine, frames)
+        assert engine.frames == engine.times.count == 24
+    info = types.SimpleNamespace(model_type="moshi")
+    theirs = InferenceState(
+        info, mimi, small_tokenizer(), lm, 1, 1.0, "cpu", use_sampling=not greedy
+    )
+    torch.manual_seed(5)
+    with torch.no_grad():
+        ((texts, wanted),) = theirs.run(frames[:, 0, 0].reshape(1, 1, -1))
+    silent = (late - 1) * FRAME  # a longer delay starts later: silence, and tokens of -2
+    assert torch.equal(pcm[:, silent:], wanted)
+    assert torch.equal(tokens[0, 0, late - 1 :], texts)
+    assert not pcm[:, :silent].any()
+    assert bool((tokens[..., : late - 1] == -2).all())
+    pieces = [
+        small_tokenizer().id_to_piece(int(t)).replace("▁", " ") for t in texts if t not in (0, 3)
+    ]
+    assert "".join(t[0] for t in text) == "".join(pieces)
+    assert len(pieces) > 3
+    assert wanted.std() > 1e-3
+
+
+def test_a_row_starts_anew_and_the_other_does_not_notice():
+    frames = noise(20, rows=2)
+    lm = hybrid()
+    lm.delays = [0] + 2 * ([0] + 7 * [2])
+    with engine_for(lm, sampling=Sampling(greedy=True), rows=2) as engine:
+        whole, _, tokens = run(engine, frames)
+    with engine_for(lm, sampling=Sampling(greedy=True), rows=2) as engine:
+        run(engine, frames[:7])
+        engine.reset(torch.tensor([False, True]))
+        later, _, later_tokens = run(engine, torch.cat([frames[7:, :1], frames[:13, 1:]], 1))
+    assert torch.equal(later[0], whole[0, 7 * FRAME :])
+    assert torch.equal(later_tokens[0], tokens[0, :, 7:])
+    assert torch.equal(later[1], whole[1, : 13 * FRAME])
+    assert torch.equal(later_tokens[1], tokens[1, :, :13])
+
+
+def test_a_closed_engine_leaves_the_models_as_they_were():
+    lm, mimi = hybrid(), small_mimi()
+    engine = Engine(lm, mimi, small_tokenizer())
+    with pytest.raises(ValueError, match="another stream"):
+        Engine(lm, mimi, small_tokenizer())
+    engine.close()
+    assert not any(getattr(m, "is_streaming", False) for p in (lm, mimi) for m in p.modules())
+    with Engine(lm, mimi, small_tokenizer(), seed=0) as again:
+        again.step(noise(1)[0])
+
+
+def test_statistics_name_what_was_measured():
+    times = FrameTimes()
+    assert np.isnan(times.real_time_factor)
+    assert all(map(np.isnan, times.percentiles()))
+    for ms in range(1, 101):
+        times.add(float(ms))
+    assert times.percentiles() == pytest.approx((50.5, 95.05, 99.01))
+    assert times.real_time_factor == pytest.approx(50.5 / 80)
+    assert times.late == 20
+    with engine_for() as engine:
+        norms = memory_norms(engine.lm)
+        assert list(norms) == ["transformer.layers.0", "transformer.layers.1"]
+        assert not any(norms.values())  # the only frame so far is in the unfinished chunk
+        run(engine, noise(5))
+        assert all(norm > 1e-3 for norm in memory_norms(engine.lm).values())
+        said = statistics(engine)
+    assert "5 frames (0.4 s)" in said
+    assert "memory transformer.layers.1: |W - W0| = " in said
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_temperatures_are_checked(value):
+    with pytest.raises(ValueError, match="temp_text must not be negative"):
+        Sampling(temp_text=value)
+
+
+# -- a file ---------------------------------------------------------------------------------------
+
+
+def write(path, samples, rate):
+    soundfile.write(path, samples, rate, subtype="FLOAT")
+    return str(path)
+
+
+def wave(seconds, rate, channels=1, seed=0):
+    rng = np.random.default_rng(seed)
+    return 0.1 * rng.standard_normal((int(seconds * rate), channels))
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (44_100, 2)])
+def test_a_file_gives_a_file_of_its_length(talking, tmp_path, capsys, rate, channels):
+    samples = wave(0.73, rate, channels)
+    source = write(tmp_path / "in.wav", samples, rate)
+    out = tmp_path / "out.wav"
+    main(["--file", source, "--out", str(out), "--checkpoint", talking.checkpoint])
+    info = soundfile.info(out)
+    assert (info.samplerate, info.channels, info.subtype) == (24_000, 1, "PCM_16")
+    assert info.frames == -(-len(samples) * 24_000 // rate)
+    said, _ = soundfile.read(out, dtype="float32")
+    with engine_for(seed=0) as engine:
+        pcm = loops.user_channel(source, None)
+        wanted, text, _ = run(
+            engine, torch.nn.functional.pad(pcm, (0, -len(pcm) % FRAME)).view(-1, FRAME)
+        )
+    wanted = wanted[0, : len(said)].numpy()
+    assert np.abs(said - wanted).max() < 1 / 32_000  # the level, to a step of 16 bit
+    assert wanted.std() > 1e-3
+    captured = capsys.readouterr()
+    assert captured.out == "".join(t[0] for t in text) + "\n"
+    assert f"talking to checkpoint {talking.checkpoint}, on cpu" in captured.err
+    assert "ms per frame: p50" in captured.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.wav", "out.wav"]
+
+
+def test_of_a_stereo_file_the_right_channel_is_the_user(tmp_path, capsys):
+    left, right = wave(0.2, 24_000, seed=1), wave(0.2, 24_000, seed=2)
+    stereo = write(tmp_path / "s.wav", np.concatenate([left, right], 1), 24_000)
+    mono = write(tmp_path / "m.wav", right, 24_000)
+    assert torch.equal(loops.user_channel(stereo, None), loops.user_channel(mono, None))
+    assert "its right channel is the user" in capsys.readouterr().err
+    assert not torch.equal(loops.user_channel(stereo, "left"), loops.user_channel(mono, None))
+    with pytest.raises(UserError, match="is mono"):
+        loops.user_channel(mono, "right")
+
+
+def test_what_breaks_off_leaves_nothing(tmp_path):
+    out = tmp_path / "out.wav"
+    out.write_bytes(b"before")
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with engine_for() as engine, pytest.raises(KeyboardInterrupt):
+        stream_file(engine, noise(3).flatten(), out, lambda frame: None, interrupted)
+    assert out.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [out]
+    with pytest.raises(TypeError), written_whole(out) as beside:
+        beside.write_bytes("no bytes")
+    assert list(tmp_path.iterdir()) == [out]
+
+
+# -- what is talked to ----------------------------------------------------------------------------
+
+
+def test_the_newest_checkpoint_is_the_one_written_last(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    for i, name in enumerate(
+        ["b/checkpoints/checkpoint_000002", "a/checkpoints/checkpoint_000009"]
+    ):
+        folder = tmp_path / name / "consolidated"
+        folder.mkdir(parents=True)
+        (folder / "ttt.json").write_text("{}")
+        os.utime(folder / "ttt.json", (1000 - i, 1000 - i))
+    assert newest_checkpoint(tmp_path) == tmp_path / "b/checkpoints/checkpoint_000002/consolidated"
+
+
+def test_without_a_name_it_says_what_it_talks_to(talking, tmp_path, capsys, monkeypatch):
+    source = write(tmp_path / "in.wav", wave(0.08, 24_000), 24_000)
+    talk_to = ["--file", source, "--out", str(tmp_path / "out.wav")]
+    monkeypatch.chdir(talking.root)
+    main(talk_to)
+    assert "(the newest under runs/)" in capsys.readouterr().err
+    main([*talk_to, "--base", str(talking.base), "--stats"])
+    err = capsys.readouterr().err
+    assert f"base {talking.base}, without a memory" in err
+    assert "|W - W0|" not in err
+    monkeypatch.chdir(tmp_path)
+    main(talk_to)
+    assert "the embedded base data/tiny/base, untrained" in capsys.readouterr().err
+
+
+# -- the sound card -------------------------------------------------------------------------------
+
+STATUS = types.SimpleNamespace(input_overflow=False, output_underflow=False)
+
+
+def test_a_full_queue_loses_its_oldest():
+    ring, out = FrameRing(3, size=2), np.zeros(2, np.float32)
+    assert not ring.get(out)
+    for i in range(5):
+        ring.put(np.full(2, i, np.float32))
+    assert ring.dropped == 2
+    assert [ring.get(out) and out[0] for _ in range(3)] == [2, 3, 4]
+    assert not ring.get(out)
+
+
+def test_the_card_cuts_any_block_into_frames_and_counts_what_is_lost():
+    card, samples = SoundCard(), np.arange(10 * FRAME, dtype=np.float32)[:, None]
+    for block in np.split(samples, range(700, len(samples), 700)):
+        card.on_input(block, len(block), None, STATUS)
+    heard = np.zeros(FRAME, np.float32)
+    assert card.heard.dropped == 2
+    for i in range(2, 10):
+        assert card.heard.get(heard)
+        assert np.array_equal(heard, samples[i * FRAME : (i + 1) * FRAME, 0])
+    played = np.ones((1000, 1), np.float32)
+    card.on_output(played, 1000, None, STATUS)
+    assert not played.any()
+    assert card.gaps == 0  # Moshi has not begun
+    card.said.put(np.full(FRAME, 3, np.float32))
+    for gaps, left in ((0, 1000), (1, 920), (2, 0)):
+        card.on_output(played, 1000, None, STATUS)
+        assert card.gaps == gaps
+        assert (played[:left] == 1).all()  # beyond full scale is cut off
+        assert not played[left:].any()
+    card.on_input(samples[:1], 1, None, types.SimpleNamespace(input_overflow=True))
+    assert "2 frames dropped; loudspeaker: 2 gaps, 0 frames dropped; lost by the sound card: 1" in (
+        card.report()
+    )
+
+
+def test_a_microphone_that_is_silent_for_ever_is_an_error(monkeypatch):
+    monkeypatch.setattr(loops, "SILENT_MIC_SECONDS", 0.01)
+    with engine_for() as engine, pytest.raises(UserError, match="has brought nothing"):
+        talk(engine, SoundCard(), lambda frame: None, lambda: False)
+
+
+class FakeSoundDevice(types.ModuleType):
+    """PortAudio's streams, their callbacks called by hand; the model behind them is real.
+
+    The microphone brings 12 frames at once (4 too many); the loudspeaker asks for more than it gets
+    and then presses Ctrl-C.
+    """
+
+    class PortAudioError(Exception):
+        pass
+
+    def __init__(self, error=None):
+        super().__init__("sounddevice")
+        self.error, self.played, self.threads = error, [], []
+
+    def query_devices(self):
+        return []
+
+    def InputStream(self, callback, **_):
+        if self.error:
+            raise self.error
+        return self._stream(lambda: callback(noise(12).view(-1, 1).numpy(), 12 * FRAME, 0, STATUS))
+
+    def OutputStream(self, callback, **_):
+        def listen():
+            block = np.zeros((FRAME, 1), np.float32)
+            while len(self.played) < 8:
+                callback(block, FRAME, 0, STATUS)
+                if block.any():
+                    self.played.append(block.copy())
+            callback(block, FRAME, 0, STATUS)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        thread = threading.Thread(target=listen)
+        self.threads.append(thread)
+        return self._stream(thread.start)
+
+    def _stream(self, start):
+        class Stream:
+            def __enter__(self):
+                start()
+
+            def __exit__(self, *_):
+                pass
+
+        return Stream()
+
+
+def test_a_talk_by_microphone_ends_with_its_statistics(talking, tmp_path, capsys, monkeypatch):
+    fake = FakeSoundDevice()
+    monkeypatch.setitem(sys.modules, "sounddevice", fake)
+    kept = tmp_path / "kept.safetensors"
+    with pytest.raises(SystemExit) as left:
+        main(["--mic", "--checkpoint", talking.checkpoint, "--save-memory", str(kept)])
+    fake.threads[0].join()
+    assert left.value.code == 130
+    err = capsys.readouterr().err
+    assert "microphone: 4 frames dropped" in err
+    assert "8 frames (0.6 s)" in err
+    gaps = int(err.partition("loudspeaker: ")[2].partition(" gaps")[0])
+    assert gaps >= 1
+    assert kept.is_file()
+    with engine_for(seed=0) as engine:
+        wanted, _, _ = run(engine, noise(12)[4:])
+    assert np.array_equal(np.concatenate(fake.played)[:, 0], wanted[0].numpy())
+
+
+# -- mistakes -------------------------------------------------------------------------------------
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as left:
+        main(list(argv))
+    assert left.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("error: ") == 1
+    assert err.endswith("\n")
+    return err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--filee", "a.wav"], "--file --mic --list-devices is required"),
+        (["--file", "IN", "--out", "o.wav", "--chekpoint", "x"], "unrecognized arguments: --chekp"),
+        (["--file", "IN", "--out", "o.wav", "--see", "3"], "unrecognized arguments: --see 3"),
+        (["--file", "IN", "--out", "o.wav", "extra"], "unrecognized arguments: extra"),
+        (["--file", "IN", "--out", "o.wav", "--seed", "x"], "--seed: invalid int value: 'x'"),
+        (["--file", "IN", "--out", "o.wav", "--threads", "0"], "at least 1, got 0"),
+        (["--file", "IN", "--out", "o.wav", "--device", "abacus"], "device 'abacus' is unknown"),
+        (["--file", "IN", "--out", "o.wav", "--checkpoint", "no"], "no is not a checkpoint"),
+        (["--file", "IN", "--out", "o.wav", "--base", "no"], "base no: no such folder"),
+        (["--file", "IN", "--out", "IN"], "would overwrite the file"),
+        (["--file", "IN", "--out", "o.mp3"], "should end in .wav"),
+        (["--file", "IN", "--out", "no/o.wav"], "the folder no does not exist"),
+        (["--file", "IN", "--out", "o.wav", "--save-session", "."], "is a folder"),
+        (["--file", "IN"], "--file needs --out"),
+        (["--file", "no.wav", "--out", "o.wav"], "no.wav: no such audio file"),
+        (["--file", "EMPTY", "--out", "o.wav"], "the audio is empty"),
+        (["--file", "NAN", "--out", "o.wav"], "sample 7 of channel 0 is nan"),
+        (["--mic", "--out", "o.wav"], "--out and --channel go with --file"),
+        (["--list-devices", "--input-device", "1"], "go with --mic"),
+        (["--mic", "--load-memory", "a", "--load-session", "b"], "brings its own memory"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    write("IN.wav", wave(0.1, 24_000), 24_000)
+    write("EMPTY.wav", wave(0, 24_000), 24_000)
+    spoilt = wave(0.1, 24_000)
+    spoilt[7] = np.nan
+    write("NAN.wav", spoilt, 24_000)
+    before = set(tmp_path.iterdir())
+    names = {"IN", "EMPTY", "NAN"}
+    assert words in refused(capsys, *(f"{o}.wav" if o in names else o for o in options))
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--temp", "-1"], "temp must not be negative, got -1.0"),
+        (["--load-memory", "no"], "no: no such file"),
+        (["--load-session", "no"], "no: no such file"),
+    ],
+)
+def test_mistakes_found_with_the_model(talking, tmp_path, capsys, options, words):
+    source = write(tmp_path / "in.wav", wave(0.1, 24_000), 24_000)
+    talk_to = ["--file", source, "--out", str(tmp_path / "out.wav")]
+    assert words in refused(capsys, *talk_to, "--checkpoint", talking.checkpoint, *options)
+    assert not (tmp_path / "out.wav").exists()
+
+
+def test_a_model_without_memory_says_so_before_the_talk(talking, tmp_path, capsys):
+    source = write(tmp_path / "in.wav", wave(0.1, 24_000), 24_000)
+    talk_to = ["--file", source, "--out", str(tmp_path / "out.wav"), "--base", str(talking.base)]
+    kept = str(tmp_path / "kept")
+    assert "has no memory" in refused(capsys, *talk_to, "--save-memory", kept)
+    assert not (tmp_path / "out.wav").exists()
+
+
+def test_a_half_duplex_model_is_refused():
+    lm = hybrid()
+    lm.dep_q = lm.n_q
+    with pytest.raises(UserError, match="not a full-duplex Moshi"):
+        engine_for(lm)
+
+
+class NoPortAudio:
+    """An import of sounddevice where PortAudio is missing."""
+
+    def find_spec(self, name, *_):
+        if name == "sounddevice":
+            raise OSError("PortAudio library not found")
+
+
+@pytest.mark.parametrize("option", ["--mic", "--list-devices"])
+def test_without_portaudio_it_says_what_to_install(capsys, monkeypatch, option):
+    monkeypatch.delitem(sys.modules, "sounddevice", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [NoPortAudio(), *sys.meta_path])
+    assert "apt-get install libportaudio2" in refused(capsys, option)
+
+
+@pytest.mark.parametrize(
+    "error", [FakeSoundDevice.PortAudioError("Error querying device -1"), ValueError("no such one")]
+)
+def test_without_a_device_it_is_one_line(talking, capsys, monkeypatch, tmp_path, error):
+    monkeypatch.setitem(sys.modules, "sounddevice", FakeSoundDevice(error))
+    assert "no audio device" in refused(capsys, "--list-devices")
+    kept = tmp_path / "kept"
+    said = refused(capsys, "--mic", "--checkpoint", talking.checkpoint, "--save-memory", str(kept))
+    assert f"no audio device to use: {error}" in said
+    assert not kept.exists()
+
+
+def test_devices_go_by_number_or_name():
+    assert [sound._device(name) for name in (None, "3", "USB")] == [None, 3, "USB"]
+
+
+def test_help_needs_no_model(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    assert "right channel is the user" in capsys.readouterr().out

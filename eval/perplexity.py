@@ -19,7 +19,7 @@ from moshi_ttt.hybrid import HybridLMModel
 from moshi_ttt.ring import widen_kv_rings
 from moshi_ttt.states import preserved_ttt_states, reset_ttt_states, ttt_blocks
 
-FRAMES_PER_CALL = 50
+FRAMES_PER_CALL = 100
 """Frames of one call unless told otherwise; any other number gives the same NLL."""
 NORM_EVERY = 250
 """The state's norm is taken about every so many frames, and at the end."""

@@ -69,7 +69,7 @@ def plot(results: Results, path: Path, title: str) -> None:
         f"bins of {width} frames, bands 95 %",
         fontsize=10,
     )
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
 def _line(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from eval.stats import RANGES, SCALAR
 
 FRAME_SECONDS = 0.08
 HEADLINE = "codebook0"
-FEW_SPEAKERS = 10
-"""Below so many an interval drawn over speakers is too narrow to lean on."""
+FEWEST_SPEAKERS = 6
+"""With fewer, even speakers who all agree do so by chance in more than 5 % of cases (2 / 2^n)."""
 _SHORT = {"off": "writing off (proves nothing)"}
 
 Results = dict[str, Any]
@@ -87,11 +88,11 @@ def verdict(results: Results) -> str:
     speakers = len({item["speaker"] for item in results["items"]})
     size = f"{abs(found['mean']):.4f} nats a frame"
     interval = f"95 % interval {found['low']:+.4f} to {found['high']:+.4f}"
-    where = f"beyond the window (1x to 4x), over {found['n']} recordings"
-    if not math.isfinite(found["low"]):
+    where = f"eyond the window (1x to 4x), over {found['n']} recordings"
+    if speakers < FEWEST_SPEAKERS or not math.isfinite(found["low"]):
         return (
-            f"No verdict: {where}, {one} differs by {found['mean']:+.4f} nats a frame from "
-            f"{other}, but there is {found['reason']}."
+            f"No verdict: b{where}, {one} differs by {found['mean']:+.4f} nats a frame from "
+            f"{other}, but {speakers} speakers are too few to judge by; it takes {FEWEST_SPEAKERS}."
         )
     if found["high"] < 0:
         said = f"{one} predicts codebook 0 better than {other}, by {size} ({interval})"
@@ -102,12 +103,7 @@ def verdict(results: Results) -> str:
             f"no difference is shown between {one} and {other}: {found['mean']:+.4f} nats a frame "
             f"({interval})"
         )
-    few = (
-        f"; with {speakers} speakers the interval is too narrow to lean on"
-        if speakers < FEW_SPEAKERS
-        else ""
-    )
-    return f"{where[0].upper()}{where[1:]}, {said}{few}."
+    return f"B{where}, {said}."
 
 
 def notes(results: Results) -> list[str]:
@@ -128,6 +124,52 @@ def notes(results: Results) -> list[str]:
         else f"{kind}, {', '.join(names)}: {reason}"
         for (kind, reason), names in spans.items()
     ]
+
+
+def render(results: Results, table: Callable[[list[list[str]]], str]) -> str:
+    """The whole report: both tables, the verdict, what is missing, and how it was measured.
+
+    Args:
+        results: of `eval.summary.summarise`.
+        table: `as_text` or `as_markdown`.
+    """
+    window, items = results["window_frames"], results["items"]
+    parts = [
+        f"NLL of codebook 0 in nats by position; attention sees {window} frames "
+        f"({window * FRAME_SECONDS:g} s), the window:",
+        table(range_table(results)),
+        "Every arm from 1x to 4x of the window; NLL in nats, perplexity of codebook 0:",
+        table(arm_table(results)),
+        verdict(results),
+    ]
+    if missing := notes(results):
+        parts.append("Not there: " + "; ".join(missing) + ".")
+    boot = results["bootstrap"]
+    speakers = len({item["speaker"] for item in items})
+    parts.append(
+        f"{len(items)} recordings of {speakers} speakers, means over recordings, 95 % intervals by "
+        f"bootstrap over {boot['over']} ({boot['resamples']} resamples, seed {boot['seed']}). "
+        + _measured(results)
+    )
+    return "\n\n".join(parts)
+
+
+def _measured(results: Results) -> str:
+    lines = [f"Calls of {results['frames_per_call']} frames took, in ms a frame (p50/p95/p99):"]
+    times = []
+    for name, arm in results["arms"].items():
+        ms = arm["ms_per_frame"]
+        times.append(f"{name} {ms['p50']:.2f}/{ms['p95']:.2f}/{ms['p99']:.2f}")
+    lines.append(", ".join(times) + ".")
+    kept = results["arms"].get("kept")
+    if kept is not None:
+        norms = [max(blocks.values()) for blocks in kept["state_norm"].values()]
+        moved = [max(blocks.values()) for blocks in kept["state_moved"].values()]
+        lines.append(
+            f"Fast weights at the end, largest block: norm {min(norms):.3g} to {max(norms):.3g}, "
+            f"distance from W0 {min(moved):.3g} to {max(moved):.3g}."
+        )
+    return " ".join(lines)
 
 
 def as_text(rows: list[list[str]]) -> str:

@@ -13,7 +13,7 @@ from eval.perplexity import FRAMES_PER_CALL, Nll, score
 from eval.stats import Array
 
 KINDS = ("codebook0", "codebooks1_7", "text")
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 """Called with the number of frames just scored."""
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from moshi.models import LMGen
 from moshi.models.compression import MimiModel
+from moshi.models.lm import LMGen
 from moshi.models.loaders import CheckpointInfo
 from torch import Tensor
 

@@ -1,13 +1,18 @@
 """The shipped codec on voices it never heard, and whole recordings through it."""
 
+import json
+
 import pytest
 import torch
+from moshi.models.loaders import get_mimi
 
 from moshi_ttt.codec import encode_recording
 from moshi_ttt.ring import widen_kv_rings
 from moshi_ttt.tiny import CorpusSpec, load_codec
+from moshi_ttt.tiny.codec import train
 from moshi_ttt.tiny.measure import measure_codec
 from moshi_ttt.tiny.model import ASSETS
+from moshi_ttt.tiny.oracle import report
 from moshi_ttt.tiny.plan import plan_corpus
 from moshi_ttt.tiny.speech import render
 
@@ -81,14 +86,26 @@ def test_bad_audio_is_refused(mimi, pcm, match):
         encode_recording(mimi, torch.zeros(1, 1920), 0)
 
 
+def test_the_script_runs_and_its_codec_loads(mimi, tmp_path):
+    made_how = train(str(tmp_path), minutes=0.5, encoder_steps=4, decoder_steps=2)
+    assert made_how["seconds"] > 0
+    config = json.loads((tmp_path / "mimi_config.json").read_text())
+    assert config == json.loads((ASSETS / "mimi_config.json").read_text())
+    made = get_mimi(tmp_path / "mimi.safetensors", config, num_codebooks=8)
+    codes = encode_recording(made, torch.from_numpy(render(_heldout(1, 12)[0])[0]))
+    assert all(len(row.unique()) > 8 for row in codes[0])
+    assert made.state_dict().keys() == mimi.state_dict().keys()
+
+
+def test_remembering_pays_on_this_corpus():
+    found = report(train=3, heldout=2)
+    for stretch in ("1 to 4", "4 to 10", "20 to 43"):
+        kept, reset = found["windows"][stretch]
+        assert kept < reset - 0.5
+
+
 @pytest.mark.slow
 def test_the_script_makes_a_codec_as_good_as_the_shipped_one(mimi, tmp_path):
-    import json
-
-    from moshi.models.loaders import get_mimi
-
-    from moshi_ttt.tiny.codec import train
-
     train(str(tmp_path), seed=1)
     config = json.loads((tmp_path / "mimi_config.json").read_text())
     made = get_mimi(tmp_path / "mimi.safetensors", config, num_codebooks=8)

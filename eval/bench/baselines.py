@@ -96,7 +96,11 @@ class DenseState(NamedTuple):
 
 
 class DenseOp:
-    """The streaming form that writes the dense gradient at every frame, with an op's interface."""
+    """The streaming form of the paper's own code, with an op's interface.
+
+    Every frame adds its dense gradient to the accumulated one, in place, and makes its own weights
+    `W_t = W - tau_t * grad` to read with.
+    """
 
     def __init__(self, op: ModuleType) -> None:
         self.op = op
@@ -139,7 +143,7 @@ class DenseOp:
         z = q
         for l in range(0, len(W), 2):
             x = gelu(z) if l else q
-            z = x @ W[l] + W[l + 1] - tau * (x @ grad[l] + grad[l + 1])
+            z = x @ (W[l] - tau * grad[l]) + (W[l + 1] - tau * grad[l + 1])
         done = t == C - 1
         if done.is_cuda or done.any():
             done = done.view(-1, 1, 1, 1)

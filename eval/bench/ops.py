@@ -169,7 +169,32 @@ def measure(family: str, chunk_size: int, width: int, heads: int, frames: int) -
         "frame_ms_dense": 1e3 * frame_base / n,
         "frame_ratio": frame_ratio,
         "differences": agree,
+        "wide": wide_frame(family, chunk_size),
     }
+
+
+def wide_frame(family: str, chunk_size: int) -> dict[str, Any]:
+    """One frame of the op alone at Moshi 7B's shape, 32 heads of 128: where bytes count."""
+    torch.manual_seed(0)
+    memory = build_memory(4096, 32, TTTConfig(memory=family, chunk_size=chunk_size))
+    params, op, dense = memory.params(), memory.op, DenseOp(memory.op)
+    q, k, v = torch.randn(3, 1, 32, 64, 128).unbind()
+    q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+    eta = torch.rand(1, 32, 64) * memory.base_lr / 128
+
+    def run(form: Any, state: Any) -> Callable[[], Tensor]:
+        def go() -> Tensor:
+            frames = [(slice(None), slice(None), slice(t, t + 1)) for t in range(64)]
+            return torch.cat(
+                [form.step(params, state, q[t], k[t], v[t], eta[t]) for t in frames], 2
+            )
+
+        return go
+
+    with torch.no_grad():
+        forms = [run(form, form.init_state(params, 1)) for form in (op, dense)]
+    ours, base, ratio = interleaved(*forms)
+    return {"op_ms": 1e3 * ours / 64, "op_ms_dense": 1e3 * base / 64, "op_ratio": ratio}
 
 
 def verdict(value: float, target: float) -> str:
@@ -190,6 +215,19 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {marks['saved_mib']} ({r['saved_mib_plain']:.0f}) "
             f"| {r['train_s']:.3f} ({r['train_s_plain']:.3f}) | {marks['train_ratio']} "
             f"| {r['frame_ms']:.3f} ({r['frame_ms_dense']:.3f}) | {marks['frame_ratio']} |"
+        )
+    lines += [
+        "",
+        "One frame of the op alone at Moshi 7B's shape (32 heads of 128), no target:",
+        "",
+        "| memory | C | ms | dense ms | ratio |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        w = r["wide"]
+        lines.append(
+            f"| {r['memory']} | {r['chunk_size']} "
+            f"| {w['op_ms']:.3f} | {w['op_ms_dense']:.3f} | {w['op_ratio']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -200,8 +200,11 @@ class Memory(nn.Module):
         """`[B, conv_width - 1 + T, 2 * width]` -> normalised q and k, `[B, H, T, D]` each."""
         T = frames.shape[1] - taps.shape[1] + 1
         y, taps = bias.to(frames.dtype), taps.to(frames.dtype)
-        for j in range(taps.shape[1]):
-            y = torch.addcmul(y, frames[:, j : j + T], taps[:, j])
+        if T == 1:
+            y = (frames * taps.mT).sum(1, keepdim=True) + y
+        else:
+            for j in range(taps.shape[1]):
+                y = torch.addcmul(y, frames[:, j : j + T], taps[:, j])
         y = F.normalize(y.unflatten(-1, (2, self.num_heads, -1)), dim=-1, eps=EPS)
         q, k = y.permute(2, 0, 3, 1, 4).unbind(0)
         return q, k

@@ -124,8 +124,8 @@ class _Sliced:
 
     def __init__(self, t: int, delta: Tensor) -> None:
         self.t, self.C = t, delta.shape[0]
-        tau = position_scale(delta).tolist()
-        self.tau, self.rate = tau[t], tau[-1]
+        values = delta.tolist()
+        self.tau, self.rate = (max(0.0, 1 / (i + 1) + values[i]) for i in (t, self.C - 1))
 
     def put(self, buffer: Tensor, row: Tensor) -> None:
         buffer[:, self.t] = row[:, 0]

@@ -1,0 +1,242 @@
+"""A whole memory layer: slow weights, short convolution, learning rates, states of several rows."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from moshi_ttt.config import TTTConfig
+from moshi_ttt.memory import MEMORIES, MemoryState, build_memory
+
+every_memory = pytest.mark.parametrize("family", list(MEMORIES))
+
+
+def make(family, dtype=torch.float64, width=12, heads=2, **config):
+    """A memory with nothing at its start value."""
+    config = {"chunk_size": 6, "decay": 0.1, "hidden_mult": 2, **config}
+    memory = build_memory(width, heads, TTTConfig(memory=family, **config)).double()
+    with torch.no_grad():
+        for name, p in memory.named_parameters():
+            if name in ("W1", "W2"):
+                p.mul_(15)
+            elif name == "decay_logit" or (p.dim() <= 2 and "proj" not in name):
+                p.add_(0.2 * torch.randn_like(p))
+    return memory.to(dtype)
+
+
+def clone(state):
+    tensors = [x.detach().clone() for x in (*state.fast, state.conv)]
+    return MemoryState(type(state.fast)._make(tensors[:-1]), tensors[-1])
+
+
+def tensors(state):
+    return (*state.fast, state.conv)
+
+
+def stream(memory, x, state, exec_mask=None):
+    masks = [None] * x.shape[1] if exec_mask is None else exec_mask.unbind(1)
+    outs = [memory.step(x[:, t : t + 1], state, masks[t]) for t in range(x.shape[1])]
+    return torch.cat(outs, 1)
+
+
+def assert_near(a, b, tolerance=1e-13):
+    assert a.shape == b.shape
+    if b.numel():
+        assert (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1)
+
+
+@every_memory
+@pytest.mark.parametrize("conv_width", [1, 4])
+@pytest.mark.parametrize("B", [1, 3])
+def test_forward_in_pieces_and_step_are_one_function(family, conv_width, B):
+    memory, T = make(family, conv_width=conv_width), 40
+    x = torch.randn(B, T, 12, dtype=torch.float64)
+    whole, end = memory(x, memory.init_state(B))
+    state = clone(memory.init_state(B))
+    assert_near(stream(memory, x, state), whole)
+    for a, b in zip(tensors(state), tensors(end), strict=True):
+        assert_near(a, b)
+    for _ in range(4):
+        cuts = [0, *torch.randint(0, T + 1, (5,)).sort().values.tolist(), T]
+        state, outs = memory.init_state(B), []
+        for begin, stop in pairwise(cuts):
+            y, state = memory(x[:, begin:stop], state)
+            outs.append(y)
+        assert_near(torch.cat(outs, 1), whole)
+        for a, b in zip(tensors(state), tensors(end), strict=True):
+            assert_near(a, b)
+
+
+@every_memory
+def test_a_stream_never_writes_a_parameter(family):
+    memory = make(family)
+    before = {n: p.detach().clone() for n, p in memory.named_parameters()}
+    with torch.no_grad():  # B = 1: an expanded W0 is already contiguous
+        state = memory.init_state(1)
+    stream(memory, torch.randn(1, 20, 12, dtype=torch.float64), state)
+    assert not torch.equal(state.fast.W1[0], memory.W1)
+    for n, p in memory.named_parameters():
+        assert torch.equal(p, before[n]), n
+
+
+@every_memory
+def test_lengths_and_exec_mask_leave_rows_where_they_are(family):
+    memory, B, T = make(family), 3, 17
+    x = torch.randn(B, T, 12, dtype=torch.float64)
+    _, start = memory(x[:, :8], memory.init_state(B), torch.tensor([8, 3, 0]))
+    start = clone(start)
+    lengths = torch.tensor([T, 5, 0])
+    y, end = memory(x, start, lengths)
+    streamed, mask = clone(start), torch.arange(T) < lengths[:, None]
+    outs = stream(memory, x, streamed, mask)
+    assert_near(outs[mask], y[mask])
+    assert not y[~mask].any()
+    for a, b, c in zip(tensors(streamed), tensors(end), tensors(start), strict=True):
+        assert_near(a, b)
+        assert torch.equal(a[2], c[2])
+        assert torch.equal(b[2], c[2])
+    for b, n in enumerate(lengths.tolist()):
+        row = MemoryState(
+            type(start.fast)._make(t[b : b + 1] for t in start.fast), start.conv[b:][:1]
+        )
+        alone, _ = memory(x[b : b + 1, :n], row)
+        assert_near(alone[0], y[b, :n])
+
+
+@every_memory
+def test_reset_rows_are_fresh_and_the_others_untouched(family):
+    memory, B = make(family), 3
+    x = torch.randn(B, 15, 12, dtype=torch.float64)
+    state = clone(memory.init_state(B))
+    fresh = clone(state)
+    stream(memory, x, state)
+    moved, places = clone(state), [t.data_ptr() for t in tensors(state)]
+    memory.reset_state(state, torch.tensor([False, True, False]))
+    assert [t.data_ptr() for t in tensors(state)] == places
+    for a, b, c in zip(tensors(state), tensors(fresh), tensors(moved), strict=True):
+        assert not torch.equal(c[1], b[1])
+        assert torch.equal(a[1], b[1])
+        assert torch.equal(a[[0, 2]], c[[0, 2]])
+
+
+@every_memory
+def test_causal(family):
+    memory, T = make(family), 20
+    x = torch.randn(1, T, 12, dtype=torch.float64)
+    y, _ = memory(x, memory.init_state(1))
+    for t in range(T):
+        changed = x.clone()
+        changed[:, t] += 1
+        z, _ = memory(changed, memory.init_state(1))
+        assert torch.equal(z[:, :t], y[:, :t])
+        assert not torch.equal(z[:, t], y[:, t])
+
+
+@every_memory
+def test_gradients_reach_every_slow_weight(family):
+    memory = build_memory(12, 2, TTTConfig(memory=family, chunk_size=6))  # as it starts
+    y, _ = memory(torch.randn(2, 20, 12), memory.init_state(2))
+    y.square().sum().backward()
+    for name, p in memory.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+        assert p.grad.flatten(1).any(-1).all() if p.dim() > 1 else p.grad.any(), name
+
+
+@every_memory
+def test_gradcheck(family):
+    memory = make(family, width=4, heads=2, chunk_size=2, conv_width=3)
+    x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    _, start = memory(torch.randn(2, 3, 4, dtype=torch.float64), memory.init_state(2))
+    start = clone(start)
+    names = list(dict(memory.named_parameters()))
+    leaves = [p.detach().clone().requires_grad_() for p in memory.parameters()]
+    carried = [t.requires_grad_() for t in tensors(start) if t.dtype == torch.float64]
+
+    def function(x, *rest):
+        slow = dict(zip(names, rest, strict=False))
+        *fast, conv = rest[len(names) :]
+        state = MemoryState(type(start.fast)._make([*fast, start.fast.pos]), conv)
+        y, end = torch.func.functional_call(memory, slow, (x, state))
+        return y, end.fast.W1, end.conv
+
+    inputs = [x, *leaves, *carried]
+    assert torch.autograd.gradcheck(function, inputs, eps=1e-6, atol=1e-6, rtol=1e-5)
+
+
+@every_memory
+def test_gradients_are_those_of_plain_autograd(family, monkeypatch):
+    memory = make(family)
+    x = torch.randn(2, 20, 12, dtype=torch.float64, requires_grad=True)
+
+    def gradients():
+        y, end = memory(x, memory.init_state(2))
+        loss = y.square().sum() + end.conv.sum() + end.fast.W1.square().sum()
+        return torch.autograd.grad(loss, [x, *memory.parameters()])
+
+    recomputed = gradients()
+    monkeypatch.setattr("moshi_ttt.memory.base.recomputed", lambda f, *args: f(*args))
+    for a, b in zip(recomputed, gradients(), strict=True):
+        assert_near(a, b, 1e-12)
+
+
+@every_memory
+def test_no_state_below_float32(family):
+    memory = make(family, torch.float32)
+    full = {n: p.detach().clone() for n, p in memory.named_parameters()}
+    memory.cast_projections(torch.bfloat16)
+    for n, p in memory.named_parameters():
+        assert p.dtype == (torch.bfloat16 if "proj" in n else torch.float32), n
+        assert "proj" in n or torch.equal(p, full[n])
+    x = torch.randn(2, 9, 12, dtype=torch.bfloat16)
+    for m in (memory, memory.to(torch.bfloat16)):
+        with torch.no_grad():
+            y, state = m(x, m.init_state(2))
+            z = m.step(x[:, :1], state)
+            m.reset_state(state, torch.tensor([True, False]))
+        assert y.dtype == z.dtype == torch.bfloat16
+        for t in tensors(state):
+            assert t.dtype in (torch.float32, torch.int64)
+    assert {t.dtype for t in tensors(memory.double().init_state(1))} == {torch.float64, torch.int64}
+
+
+@every_memory
+def test_decay_zero_has_no_parameter_and_lr_scale_scales_eta(family):
+    memory = make(family, decay=0)
+    assert memory.decay_logit is None
+    assert memory.params().decay is None
+    assert torch.allclose(
+        torch.sigmoid(build_memory(12, 2, TTTConfig(memory=family, decay=0.01)).decay_logit),
+        torch.tensor(0.01),
+    )
+    x = torch.randn(1, 12, 12, dtype=torch.float64)
+    memory.lr_scale = 0.0
+    _, state = memory(x, memory.init_state(1))
+    assert torch.equal(state.fast.W1[0], memory.W1)
+    memory.lr_scale = 0.1
+    _, state = memory(x, memory.init_state(1))
+    assert not torch.equal(state.fast.W1[0], memory.W1)
+
+
+def test_width_must_divide():
+    with pytest.raises(ValueError, match="width 10 is not divisible by num_heads 4"):
+        build_memory(10, 4, TTTConfig())
+
+
+@every_memory
+def test_what_the_forward_keeps(family):
+    """Weights of every sqrt(n)-th chunk, q, k, v and o: never those of every chunk."""
+    memory = make(family, torch.float32, width=32, chunk_size=2)
+    x, kept = torch.randn(1, 128, 32), {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        memory(x, memory.init_state(1))
+    own = {p.untyped_storage().data_ptr() for p in (x, *memory.parameters())}
+    size = sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in own)
+    weights = sum(t.nbytes for t in memory.init_state(1).fast if t.dim() == 4)
+    frames = 5 * x.nbytes
+    assert size <= 10 * weights + frames

@@ -58,18 +58,20 @@ def test_ten_hours(memory, record_property):
             frames, right = episode(gen, DEFAULT_BASE_LR[memory.name])
             before = state
             o, state = memory.op.chunk(p, state, **frames)
-            losses.append(loss_of(o, frames["q"], right))
+            loss = loss_of(o, frames["q"], right)
+            fresh = loss[:, -EPISODE // 4 :]
+            losses.append([loss.mean(-1).tolist(), fresh.mean(-1).tolist()])  # numbers, not storage
             size = sum(getattr(state, n)[0].flatten(1).square().sum(1) for n in memory.shapes(D))
-            norms.append(size.sqrt().view(2, HEADS).mean(1))
+            norms.append(size.sqrt().view(2, HEADS).mean(1).tolist())
             resident.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         minutes = (time.monotonic() - begin) / 60
         streamed, last = stream(memory, slow, frames, clone(before))
 
-    whole = torch.stack(losses)  # [episodes, (decay, plain), frames]
-    fresh, norm = whole[..., -EPISODE // 4 :].mean(-1), torch.stack(norms)
+    whole, fresh = torch.tensor(losses).unbind(1)  # [episodes, (decay, plain)], its last quarter
+    norm = torch.tensor(norms)
     tenth = EPISODES // 10
     settled = slice(3 * tenth, 5 * tenth)  # from 3 h on: 8 time constants of the decay
-    figures = {"minutes": minutes, "growth_kb": resident[-1] - resident[tenth]}
+    figures = {"minutes": minutes, "growth_kb": resident[-1] - resident[settled.start]}
     for i, kind in enumerate(("decay", "plain")):
         figures[f"{kind} loss, first hour"] = fresh[:tenth, i].mean()
         figures[f"{kind} loss, settled"] = fresh[settled, i].mean()
@@ -85,10 +87,10 @@ def test_ten_hours(memory, record_property):
 
     assert all(torch.isfinite(x).all() for x in (whole, norm, *state, *last))
     assert state.pos.tolist() == last.pos.tolist() == [7 + EPISODE * EPISODES]
-    for loss in (fresh, whole.mean(-1)):
+    for loss in (fresh, whole):
         was, ends = loss[settled, 0].mean(), loss[-tenth:, 0].mean()
-        assert abs(ends - was) <= 0.1 * was + 1e-3
-        assert ends < 0.5
+        assert abs(ends - was) <= 0.1 * was
+    assert fresh[-tenth:, 0].mean() < 0.5
     assert abs(norm[-tenth:, 0].mean() / norm[settled, 0].mean() - 1) < 0.05
-    assert resident[-1] - resident[tenth] < 32 * 1024
+    assert resident[-1] - resident[settled.start] < 16 * 1024  # kB
     assert (streamed - o).abs().max() <= 1e-4

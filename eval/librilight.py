@@ -69,6 +69,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--frames-per-call", type=_positive_int, default=FRAMES_PER_CALL)
     p.add_argument("--out", help="folder to make (runs/eval/<name of the checkpoint>)")
     p.add_argument("--codes-cache", default="data/codes", help="folder for Mimi's codes")
+    p.add_argument(
+        "--encode-workers", type=_positive_int, help="processes (one per core; one with CUDA)"
+    )
     p.add_argument("--device", help="cuda or cpu (cuda if there is one)")
     p.add_argument("--verify-base", action="store_true", help="hash the whole base, not samples")
     return p.parse_args(argv)
@@ -196,7 +199,8 @@ def _items(books: list[Book], loaded: Loaded, args: argparse.Namespace) -> list[
     cache = CodesCache(
         args.codes_cache, info.get_mimi(device), load_mimi=info.get_mimi, mono_side=args.side
     )
-    workers = 1 if device.type == "cuda" else os.cpu_count() or 1
+    cores = 1 if device.type == "cuda" else os.cpu_count() or 1
+    workers = args.encode_workers or cores
     items = make_items(books, cache, info.get_text_tokenizer(), args.side, workers)
     if args.max_seconds is None:
         return items

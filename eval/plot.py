@@ -59,10 +59,10 @@ def plot(results: Results, path: Path, title: str) -> None:
     for axes in (top, bottom):
         axes.grid(alpha=0.25)
         axes.axvspan(window, 4 * window, color="#0072B2", alpha=0.06, linewidth=0)
+    _scale(top, bottom, bins * width, window)
     _mark(top, bottom, window, "window")
     if results["training_frames"]:
         _mark(top, bottom, results["training_frames"], "training length")
-    _scale(top, bottom, bins * width, window)
     speakers = len({i["speaker"] for i in results["items"]})
     top.set_title(
         f"{title}\n{len(results['items'])} recordings of {speakers} speakers; "
@@ -82,6 +82,8 @@ def _line(
 
 
 def _mark(top: Axes, bottom: Axes, frame: int, label: str) -> None:
+    if frame > bottom.get_xlim()[1]:
+        return
     for axes in (top, bottom):
         axes.axvline(frame, color="#444444", linewidth=1, linestyle=(0, (4, 3)))
     top.annotate(

@@ -118,12 +118,11 @@ def notes(results: Results) -> list[str]:
                     reason = f"{found['n']} of {total} recordings have it"
                 if reason:
                     spans.setdefault((kind, reason), {})[span] = None
-    return [
-        f"{kind}: {reason}"
-        if len(names) == len(RANGES)
-        else f"{kind}, {', '.join(names)}: {reason}"
-        for (kind, reason), names in spans.items()
-    ]
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for (kind, reason), names in spans.items():
+        where = "" if len(names) == len(RANGES) else f" from {', '.join(names)}"
+        kinds.setdefault((where, reason), []).append(kind)
+    return [f"{', '.join(k)}{where}: {reason}" for (where, reason), k in kinds.items()]
 
 
 def render(results: Results, table: Callable[[list[list[str]]], str]) -> str:

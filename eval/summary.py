@@ -63,7 +63,7 @@ def summarise(
         arm: {kind: binned(s.nll[kind], bin_frames) for kind in KINDS} for arm, s in scores.items()
     }
     missing = {name: _why_missing(name, window, max(lengths)) for name in RANGES}
-    estimates = _Estimates(speakers, missing)
+    estimates = _Estimates(speakers, missing, any(item.text_known for item in items))
     first = "kept" if "kept" in scores else "trained"
     return {
         "window_frames": window,
@@ -112,6 +112,7 @@ Table = dict[str, dict[str, Array]]  # kind -> range -> [N]
 class _Estimates:
     speakers: list[str]
     missing: dict[str, str]
+    text_known: bool
 
     def of(self, table: Table) -> dict[str, dict[str, Any]]:
         return {
@@ -123,8 +124,9 @@ class _Estimates:
         }
 
     def _reason(self, kind: str, name: str) -> str:
-        no_code = "no transcript" if kind == "text" else f"no code of {kind} in any recording"
-        return self.missing[name] or no_code
+        if kind == "text" and not self.text_known:
+            return "no transcript"
+        return self.missing[name] or f"no {kind} to predict there"
 
 
 def _by_range(scores: Scores, window: int) -> Table:

@@ -74,7 +74,9 @@ class Reporter:
             sys.stderr.write(statistics(self.engine, self.card))
 
     def end(self) -> None:
-        """End the line of text, and write the statistics to stderr."""
+        """End the line of text, and write the statistics to stderr, if there was anything."""
+        if not self.engine.times.count:
+            return
         sys.stdout.write("\n")
         sys.stdout.flush()
         sys.stderr.write(statistics(self.engine, self.card))

@@ -141,6 +141,21 @@ def device_list() -> str:
     return str(devices)
 
 
+def check_sound(input_device: str | None = None, output_device: str | None = None) -> None:
+    """See that the devices are there and can do what `sound_running` asks of them.
+
+    Raises:
+        UserError: PortAudio is missing, there is no such device, or it cannot do 24 kHz.
+    """
+    sd = sounddevice()
+    shape = {"samplerate": SAMPLE_RATE, "channels": 1, "dtype": "float32"}
+    try:
+        sd.check_input_settings(device=_device(input_device), **shape)
+        sd.check_output_settings(device=_device(output_device), **shape)
+    except (sd.PortAudioError, ValueError) as error:  # ValueError: no device of that name
+        raise UserError(f"no audio device to use: {error} (see --list-devices)") from error
+
+
 @contextmanager
 def sound_running(
     card: SoundCard, input_device: str | None = None, output_device: str | None = None
@@ -150,20 +165,18 @@ def sound_running(
     Args:
         card: what its callbacks fill and empty.
         input_device: number or part of the name, as `device_list` says; None is the default.
-        output_device: likewise.
+        output_device: likewise. See `check_sound`.
 
     Raises:
-        UserError: PortAudio is missing, there is no such device, or it cannot do 24 kHz.
+        UserError: PortAudio is missing, or the device fails.
     """
     sd = sounddevice()
     shape = {"samplerate": SAMPLE_RATE, "channels": 1, "dtype": "float32", "blocksize": FRAME}
     try:
-        ears = sd.InputStream(device=_device(input_device), callback=card.on_input, **shape)
-        mouth = sd.OutputStream(device=_device(output_device), callback=card.on_output, **shape)
-    except (sd.PortAudioError, ValueError) as error:  # ValueError: no device of that name
-        raise UserError(f"no audio device to use: {error} (see --list-devices)") from error
-    try:
-        with ears, mouth:
+        with (
+            sd.InputStream(device=_device(input_device), callback=card.on_input, **shape),
+            sd.OutputStream(device=_device(output_device), callback=card.on_output, **shape),
+        ):
             yield
     except sd.PortAudioError as error:
         raise UserError(f"the audio device failed: {error}") from error

@@ -32,7 +32,7 @@ from moshi_ttt.session import (
     save_session,
     session_sampling,
 )
-from moshi_ttt.sound import SoundCard, device_list, sound_running, sounddevice
+from moshi_ttt.sound import SoundCard, check_sound, device_list, sound_running
 
 INTERRUPTED = 130
 _SAMPLING = tuple(f.name for f in fields(Sampling))
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     pcm = None if args.file is None else user_channel(args.file, args.channel)
     if args.mic:
-        sounddevice()  # it says what is missing before the model is loaded
+        check_sound(args.input_device, args.output_device)
     talker = open_talker(args.checkpoint, args.base, device)
     sys.stderr.write(f"talking to {talker.name}, on {device}\n")
     torch.set_num_threads(args.threads or talker.cpu_threads)

@@ -298,9 +298,14 @@ class FakeSoundDevice(types.ModuleType):
     def query_devices(self):
         return []
 
-    def InputStream(self, callback, **_):
+    def check_input_settings(self, **_):
         if self.error:
             raise self.error
+
+    def check_output_settings(self, **_):
+        pass
+
+    def InputStream(self, callback, **_):
         return self._stream(lambda: callback(noise(12).view(-1, 1).numpy(), 12 * FRAME, 0, STATUS))
 
     def OutputStream(self, callback, **_):

@@ -49,6 +49,11 @@ def plain_autograd(memory: Memory) -> Iterator[None]:
     with (
         mock.patch.object(memory.op, "scan", plain_scan),
         mock.patch.object(moshi_ttt.memory.base, "recomputed", lambda f, *x: f(*x)),
+        mock.patch.object(
+            moshi_ttt.memory.base,
+            "recomputed_linear",
+            lambda f, weight, *x: torch.nn.functional.linear(f(*x), weight),
+        ),
     ):
         yield
 

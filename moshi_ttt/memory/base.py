@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moshi_ttt.config import TTTConfig
-from moshi_ttt.memory.recompute import recomputed
+from moshi_ttt.memory.recompute import recomputed, recomputed_linear
 from moshi_ttt.ops.norm import EPS
 
 
@@ -135,7 +135,8 @@ class Memory(nn.Module):
             self.conv_bias,
         )
         o, fast = self.op.chunk(self.params(), state.fast, q, k, v, self._eta(x, dtype), lengths)
-        y = recomputed(self._output, o, self.out_scale, self.o_proj.weight.to(x.dtype))
+        weight = self.o_proj.weight.to(x.dtype)
+        y = recomputed_linear(partial(self._normed, x.dtype), weight, o, self.out_scale)
         return y, MemoryState(fast, conv)
 
     @torch.no_grad()
@@ -164,7 +165,7 @@ class Memory(nn.Module):
         if exec_mask is not None:
             conv = torch.where(exec_mask.view(-1, 1, 1), conv, state.conv)
         state.conv.copy_(conv)
-        return self._output(o, self.out_scale, self.o_proj.weight.to(x.dtype))
+        return F.linear(self._normed(x.dtype, o, self.out_scale), self.o_proj.weight.to(x.dtype))
 
     @torch.no_grad()
     def reset_state(self, state: MemoryState, mask: Tensor) -> None:
@@ -214,11 +215,11 @@ class Memory(nn.Module):
         gate = F.linear(x.to(dtype), self.lr_weight.to(dtype), self.lr_bias.to(dtype))
         return torch.sigmoid(gate).mT * (self.base_lr * self.lr_scale / self.head_dim)
 
-    def _output(self, o: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
-        """`Wo (scale * o / sqrt(mean(o^2) + eps))`, per head: `[B, H, T, D]` -> `[B, T, width]`."""
+    def _normed(self, dtype: torch.dtype, o: Tensor, scale: Tensor) -> Tensor:
+        """`scale * o / sqrt(mean(o^2) + eps)` per head: `[B, H, T, D]` -> `[B, T, width]`."""
         rms = torch.rsqrt(o.square().mean(-1, keepdim=True) + EPS)
         o = o * rms * scale.to(o.dtype).unsqueeze(1)
-        return F.linear(o.transpose(1, 2).flatten(2).to(weight.dtype), weight)
+        return o.transpose(1, 2).flatten(2).to(dtype)
 
     def _decay(self) -> Tensor | None:
         """Decay per head, `[H]`, or None for plain TTT."""

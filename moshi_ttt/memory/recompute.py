@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 
 class _Recomputed(torch.autograd.Function):
@@ -20,18 +21,50 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        wanted = ctx.needs_input_grad[1:]
-        tensors = [
-            x.detach().requires_grad_(w) for x, w in zip(ctx.saved_tensors, wanted, strict=True)
-        ]
-        with torch.enable_grad():
-            out = ctx.function(*tensors)
-        out = out if isinstance(out, tuple) else (out,)
-        pairs = [(o, g) for o, g in zip(out, grads, strict=True) if o.requires_grad]
-        inputs = [x for x in tensors if x.requires_grad]
-        outputs, grads = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(outputs, inputs, grads, allow_unused=True))
-        return None, *(next(found) if w else None for w in wanted)
+        leaves, out = _again(ctx.function, ctx.saved_tensors, ctx.needs_input_grad[1:])
+        return None, *_gradients(out, grads, leaves)
+
+
+class _RecomputedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], weight: Tensor, *tensors: Tensor) -> Any:
+        ctx.function = function
+        ctx.save_for_backward(weight, *tensors)
+        return F.linear(function(*tensors), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        weight, *tensors = ctx.saved_tensors
+        leaves, (x,) = _again(ctx.function, tensors, ctx.needs_input_grad[2:])
+        slope = None
+        if ctx.needs_input_grad[1]:
+            slope = grad.flatten(0, -2).mT @ x.detach().flatten(0, -2)
+        return None, slope, *_gradients((x,), (grad @ weight,), leaves)
+
+
+def _again(
+    function: Callable[..., Any], tensors: Iterable[Tensor], wanted: Iterable[bool]
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Leaves in place of `tensors`, and the function's outputs on them."""
+    pairs = zip(tensors, wanted, strict=True)
+    leaves = [x.detach().requires_grad_(w) for x, w in pairs]
+    with torch.enable_grad():
+        out = function(*leaves)
+    return leaves, out if isinstance(out, tuple) else (out,)
+
+
+def _gradients(
+    out: tuple[Tensor, ...], grads: tuple[Tensor, ...], leaves: list[Tensor]
+) -> list[Tensor | None]:
+    """The gradient of each leaf, None where none is wanted."""
+    inputs = [x for x in leaves if x.requires_grad]
+    if not inputs:
+        return [None] * len(leaves)
+    pairs = [(o, g) for o, g in zip(out, grads, strict=True) if o.requires_grad]
+    outputs, cotangents = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True))
+    return [next(found) if x.requires_grad else None for x in leaves]
 
 
 def recomputed(function: Callable[..., Any], *tensors: Tensor) -> Any:
@@ -43,3 +76,15 @@ def recomputed(function: Callable[..., Any], *tensors: Tensor) -> Any:
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         return function(*tensors)
     return _Recomputed.apply(function, *tensors)
+
+
+def recomputed_linear(function: Callable[..., Tensor], weight: Tensor, *tensors: Tensor) -> Tensor:
+    """`function(*tensors) @ weight^T`, keeping for the backward nothing but its arguments.
+
+    Only `function` is computed again, not the product. See `recomputed`.
+    """
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (weight, *tensors))):
+        return F.linear(function(*tensors), weight)
+    out = _RecomputedLinear.apply(function, weight, *tensors)
+    assert isinstance(out, Tensor)
+    return out

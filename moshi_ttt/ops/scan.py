@@ -8,9 +8,9 @@ and its rows G are eta times the inner gradient at its output, so that
     W <- W - tau_{C-1} X^T G                        what the chunk writes
 
 Only the writing is serial; the reading of a group of chunks is one batched call. The forward keeps
-the weights at the start of each group of about sqrt(n) chunks, and the backward (arXiv:2407.04620
-gives none; MATH: every piece is ordinary but the VJP of the inner gradient, in `norm`) makes
-the rest again, group by group. Tensors are `[n, N, C, *]`, see `grid`; N = B * H.
+the weights at the start of each group of about sqrt(n) chunks, and the backward makes the rest
+again, group by group. Every piece of it is ordinary but the VJP of the inner gradient, in `norm`.
+Tensors are `[n, N, C, *]`, see `grid`; N = B * H.
 """
 
 from __future__ import annotations

@@ -175,7 +175,11 @@ def test_gradients_are_those_of_plain_autograd(family, monkeypatch):
         return torch.autograd.grad(loss, [x, *memory.parameters()])
 
     recomputed = gradients()
-    monkeypatch.setattr("moshi_ttt.memory.base.recomputed", lambda f, *args: f(*args))
+    base = "moshi_ttt.memory.base"
+    monkeypatch.setattr(f"{base}.recomputed", lambda f, *args: f(*args))
+    monkeypatch.setattr(
+        f"{base}.recomputed_linear", lambda f, w, *args: torch.nn.functional.linear(f(*args), w)
+    )
     for a, b in zip(recomputed, gradients(), strict=True):
         assert_near(a, b, 1e-12)
 
@@ -240,3 +244,28 @@ def test_what_the_forward_keeps(family):
     weights = sum(t.nbytes for t in memory.init_state(1).fast if t.dim() == 4)
     frames = 5 * x.nbytes
     assert size <= 10 * weights + frames
+
+
+@pytest.mark.gpu
+@every_memory
+def test_a_captured_graph_streams_as_the_forward(family):
+    memory = make(family, torch.float32).cuda()
+    x = torch.randn(3, 20, 12, device="cuda")
+    with torch.no_grad():
+        wanted, _ = memory(x, memory.init_state(3))
+        state, mask = memory.init_state(3), torch.ones(3, dtype=torch.bool, device="cuda")
+        frame = x[:, :1].clone()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            memory.step(frame, state, mask)
+        torch.cuda.current_stream().wait_stream(side)
+        memory.reset_state(state, mask)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = memory.step(frame, state, mask)
+        outs = []
+        for t in range(20):
+            frame.copy_(x[:, t : t + 1])
+            graph.replay()
+            outs.append(y.clone())
+    assert (torch.cat(outs, 1) - wanted).abs().max() < 1e-4

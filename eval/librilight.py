@@ -61,8 +61,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     p.add_argument("--side", choices=SIDES, default="moshi", help="whose stream the recording is")
     p.add_argument("--max-items", type=_positive_int, help="at most so many recordings")
-    p.add_argument("--min-seconds", type=float, help="shortest recording (four windows)")
-    p.add_argument("--max-seconds", type=float, help="score only so much of each (all)")
+    p.add_argument("--min-seconds", type=_positive_float, help="shortest recording (four windows)")
+    p.add_argument("--max-seconds", type=_positive_float, help="score only so much of each (all)")
     p.add_argument(
         "--bin-frames", type=_positive_int, help="of curves (250, at most half a window)"
     )
@@ -81,6 +81,13 @@ def _positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
     return value
 
 

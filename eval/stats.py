@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,6 @@ RANGES: dict[str, tuple[int, int | None]] = {
 """Name -> first and last frame in windows; the end None is the recording's own."""
 SCALAR = "1x-4x"
 """The one number fixed beforehand: mean NLL of codebook 0 over this range."""
-_BLOCK = 1000  # resamples at a time
 
 
 @dataclass(frozen=True)
@@ -110,18 +110,22 @@ def bootstrap(values: Array, speakers: Sequence[str]) -> tuple[Array, Array]:
     sums, counts = np.zeros((2, groups, values.shape[1]))
     np.add.at(sums, cluster, np.where(known, values, 0.0))
     np.add.at(counts, cluster, known)
-    rng = np.random.default_rng(SEED)
-    means = []
-    for _ in range(0, RESAMPLES, _BLOCK):
-        drawn = rng.multinomial(groups, np.full(groups, 1 / groups), size=_BLOCK).astype(float)
-        n = drawn @ counts
-        means.append(np.where(n > 0, (drawn @ sums) / np.maximum(n, 1), np.nan))
+    drawn = _draws(groups)
+    n = drawn @ counts
+    means = np.where(n > 0, (drawn @ sums) / np.maximum(n, 1), np.nan)
     enough = (counts > 0).sum(0) >= 2
     low, high = np.full((2, values.shape[1]), np.nan)
     if enough.any():
-        ends = np.nanpercentile(np.concatenate(means)[:, enough], [2.5, 97.5], axis=0)
+        ends = np.nanpercentile(means[:, enough], [2.5, 97.5], axis=0)
         low[enough], high[enough] = ends
     return low, high
+
+
+@lru_cache(maxsize=1)
+def _draws(groups: int) -> Array:
+    """[RESAMPLES, groups] how often each group is drawn; the same for every arm and range."""
+    rng = np.random.default_rng(SEED)
+    return rng.multinomial(groups, np.full(groups, 1 / groups), size=RESAMPLES).astype(float)
 
 
 def estimate(values: Array, speakers: Sequence[str], missing: str) -> Estimate:

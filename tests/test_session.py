@@ -341,3 +341,19 @@ def test_a_kept_memory_through_the_command_line(talking, tmp_path, capsys):
     assert f"saved {tmp_path / 'kept'}" in capsys.readouterr().err
     main(argv("--load-memory", str(tmp_path / "kept")))
     assert (tmp_path / "out.wav").read_bytes() != before
+
+
+def test_a_session_can_go_on_with_another_seed(talking, tmp_path):
+    def voice(name, *more):
+        out = tmp_path / "out.wav"
+        files = ["--file", str(talking.root / f"{name}.wav"), "--out", str(out)]
+        main([*files, "--checkpoint", talking.checkpoint, *more])
+        return out.read_bytes()
+
+    kept = str(tmp_path / "kept")
+    voice("1", "--save-session", kept)
+    first = voice("1", "--load-session", kept)
+    assert voice("1", "--load-session", kept) == first
+    other = voice("1", "--load-session", kept, "--seed", "8")
+    assert other != first
+    assert voice("1", "--load-session", kept, "--seed", "8") == other

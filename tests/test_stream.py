@@ -1,6 +1,7 @@
 """The engine is moshi's own loop; files, microphones and mistakes on the command line."""
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -11,6 +12,7 @@ import pytest
 import soundfile
 import torch
 from moshi.run_inference import InferenceState
+from safetensors.torch import save_file
 
 from moshi_ttt import loops, sound
 from moshi_ttt.checkpoint import find_base, save_checkpoint
@@ -352,6 +354,45 @@ def test_a_talk_by_microphone_ends_with_its_statistics(talking, tmp_path, capsys
     assert np.array_equal(np.concatenate(fake.played)[:, 0], wanted[0].numpy())
 
 
+def test_what_was_learned_before_the_sound_card_failed_is_kept(
+    talking, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "sounddevice", FakeSoundDevice())
+    monkeypatch.setattr(FakeSoundDevice, "OutputStream", lambda self, **_: self._stream(list))
+    monkeypatch.setattr(loops, "SILENT_MIC_SECONDS", 0.5)
+    monkeypatch.setattr(loops, "STATS_SECONDS", 0.0)
+    kept = tmp_path / "kept"
+    argv = ["--mic", "--stats", "--checkpoint", talking.checkpoint, "--save-memory", str(kept)]
+    with pytest.raises(SystemExit) as left:
+        main(argv)
+    assert left.value.code == 2
+    err = capsys.readouterr().err
+    assert "error: the microphone has brought nothing" in err
+    assert err.count("ms per frame") == 9  # after each frame, and at the end
+    assert "4 frames dropped; lost" in err  # nobody listened
+    assert kept.is_file()
+
+
+def test_the_second_ctrl_c_insists():
+    interrupts = loops.Interrupts()
+    with interrupts.taken():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupts.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        interrupts.check()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_devices_are_listed(capsys, monkeypatch):
+    fake = FakeSoundDevice()
+    fake.query_devices = lambda: ["> 0 a microphone"]
+    monkeypatch.setitem(sys.modules, "sounddevice", fake)
+    main(["--list-devices"])
+    assert "a microphone" in capsys.readouterr().out
+
+
 # -- mistakes -------------------------------------------------------------------------------------
 
 
@@ -425,6 +466,14 @@ def test_a_model_without_memory_says_so_before_the_talk(talking, tmp_path, capsy
     kept = str(tmp_path / "kept")
     assert "has no memory" in refused(capsys, *talk_to, "--save-memory", kept)
     assert not (tmp_path / "out.wav").exists()
+
+
+def test_a_broken_codec_is_named(talking, tmp_path, capsys):
+    base = shutil.copytree(talking.base, tmp_path / "base")
+    save_file({"x": torch.zeros(1)}, base / "mimi.safetensors")
+    source = write(tmp_path / "in.wav", wave(0.1, 24_000), 24_000)
+    talk_to = ["--file", source, "--out", str(tmp_path / "out.wav")]
+    assert "its codec or tokenizer is broken" in refused(capsys, *talk_to, "--base", str(base))
 
 
 def test_a_half_duplex_model_is_refused():

@@ -43,7 +43,6 @@ class ModelPaths:
             f"hf_repo_id is null, so {', '.join(missing)} must be given too",
         )
 
-
     @property
     def is_remote(self) -> bool:
         """Whether the language model has to come from the hub; a corpus may yet make a folder."""

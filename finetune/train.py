@@ -21,7 +21,8 @@ from finetune import after
 from finetune.args import TrainArgs, load_args
 from finetune.corpora import prepare_corpus
 from finetune.data.codes import CodesCache
-from finetune.data.loader import Loader, read_sources
+from finetune.data.loader import Loader
+from finetune.data.manifest import read_sources
 from finetune.loss import LossWeights
 from finetune.memory_use import check_fits
 from finetune.metrics import Metrics
@@ -58,8 +59,9 @@ def train(config: str, **overrides: object) -> None:
     prepare_corpus(args.data.corpus)
     base = _find_base(args)
     need = check_fits(base.lm_config, args, device)
-    say(f"     base {base.name}: {need.parameters / 1e6:.2f} M parameters, {need.trainable / 1e6:.2f} M "
-        f"trained, about {need.total / 2**30:.2f} GiB")  # fmt: skip
+    size, free = need.parameters / 1e6, need.trainable / 1e6
+    say(f"     base {base.name}: {size:.2f} M parameters, {free:.2f} M of them trained")
+    say(f"     needs about {need.total / 2**30:.2f} GiB")
 
     torch.manual_seed(args.seed)
     lm = _build_model(base, args, device)
@@ -80,24 +82,27 @@ def train(config: str, **overrides: object) -> None:
         sources, cache, tokenizer, seconds=args.duration_sec, batch_size=args.batch_size,
         shuffle=args.data.shuffle, seed=args.seed,
     )  # fmt: skip
-    evaluation = after.Evaluation(args, base, cache, tokenizer, held_out, mimi)
+    evaluation = after.Evaluation(args, base, cache, held_out, after.window_of(base))
     del mimi
 
     _make_run_dir(run_dir, args)
-    say(f"3/5  {args.max_steps} steps of {args.batch_size * args.num_microbatches} x "
-        f"{args.duration_sec:g} s; {', '.join(f'{g.name} {sum(p.numel() for p in g.params)}' for g in groups)}")  # fmt: skip
+    trained = ", ".join(f"{g.name} {sum(p.numel() for p in g.params):,}" for g in groups)
+    rows = args.batch_size * args.num_microbatches
+    say(f"3/5  {args.max_steps} steps of {rows} x {args.duration_sec:g} s; parameters: {trained}")
     metrics = Metrics(run_dir, args)
     last = _loop(lm, loader, optimizer, args, base, metrics, evaluation, run_dir)
     if args.ttt is not None:
         states.detach_ttt_states(lm)
 
-    summary = [f"trained in {(time.monotonic() - began) / 60:.1f} min; checkpoint {last or '(none)'}"]
+    summary = [
+        f"trained in {(time.monotonic() - began) / 60:.1f} min; checkpoint {last or '(none)'}"
+    ]
     after.plot_curves(run_dir)
     if args.eval.eval_after_training:
         say("4/5  evaluation beyond the attention window")
         summary += evaluation.final(lm, run_dir, metrics, args.max_steps)
     say("5/5  done")
-    summary += after.next_steps(run_dir, last, (time.monotonic() - began) / 60)
+    summary += after.next_steps(run_dir, last)
     metrics.close()
     (run_dir / "summary.txt").write_text("\n".join(summary) + "\n")
     say("\n".join(summary))
@@ -181,7 +186,9 @@ def _build_model(base: Base, args: TrainArgs, device: torch.device) -> LMModel:
             raise UserError(f"ttt: {error}") from error
         for block in states.ttt_blocks(lm).values():
             block.memory.cast_projections(dtype)
-        say(f"     {args.ttt.memory} in layers {done.layers}, {done.parameters / 1e6:.2f} M parameters")
+        say(
+            f"     {args.ttt.memory} in layers {done.layers}, {done.parameters / 1e6:.2f} M parameters"
+        )
     lm.transformer.checkpointing = args.gradient_checkpointing
     if lm.depformer is not None:
         lm.depformer.checkpointing = args.gradient_checkpointing
@@ -212,9 +219,7 @@ def _loop(
         start = time.monotonic()
         batches = [next(loader) for _ in range(args.num_microbatches)]
         try:
-            result = train_step(
-                lm, batches, optimizer, weights, max_norm=args.max_norm, step=step
-            )
+            result = train_step(lm, batches, optimizer, weights, max_norm=args.max_norm, step=step)
         except NonFiniteError as error:
             bar.close()
             raise UserError(f"{error}: lower the learning rate, or look at that data") from error

@@ -1,0 +1,171 @@
+"""Evaluation around training, curves, and what to type next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from moshi.models.lm import LMModel
+from sentencepiece import SentencePieceProcessor
+from tqdm import tqdm
+
+from eval.arms import evaluate_arms
+from eval.output import memory_in_use, write_results
+from eval.panel import Book, choose, make_items, read_panel
+from eval.report import FRAME_SECONDS, as_text, render
+from eval.scores import KINDS, Item, evaluate
+from eval.stats import SCALAR
+from finetune.args import TrainArgs
+from finetune.data.codes import CodesCache
+from finetune.data.corpus import segment_frames
+from finetune.data.manifest import Source
+from finetune.metrics import Metrics
+from moshi_ttt.checkpoint import Base, load_base
+from moshi_ttt.errors import UserError
+
+
+class Evaluation:
+    """Scores of whole recordings, during training and after it; training does not notice.
+
+    Args:
+        args: of the run.
+        base: for its tokenizer and, at the end, the stock model.
+        cache: of codes, with all held-out recordings in it.
+        held_out: `data.eval_data`.
+
+    Raises:
+        UserError: `eval.librilight_data` has nothing long enough.
+    """
+
+    def __init__(
+        self,
+        args: TrainArgs,
+        base: Base,
+        cache: CodesCache,
+        held_out: Sequence[Source],
+        window: int,
+    ) -> None:
+        self.args, self.base = args, base
+        tokenizer = base.info.get_text_tokenizer()
+        self.held_out: list[Item] = []
+        self.panel: list[Item] = []
+        shortest = 4 * window * FRAME_SECONDS
+        if args.data.eval_data:
+            books = [Book(str(r.path), str(r.path), (r,)) for s in held_out for r in s.recordings][
+                : args.eval.max_items
+            ]
+            self.held_out = self._items(books, cache, tokenizer)
+        if args.eval.librilight_data:
+            books, _ = choose(read_panel(args.eval.librilight_data), shortest, args.eval.max_items)
+            self.panel = self._items(books, cache, tokenizer)
+
+    def _items(
+        self, books: Sequence[Book], cache: CodesCache, tokenizer: SentencePieceProcessor
+    ) -> list[Item]:
+        return make_items(books, cache, tokenizer, cache.mono_side, self.args.data.workers)
+
+    def during(self, lm: LMModel, metrics: Metrics, step: int) -> None:
+        """Log the mean NLL of the held-out recordings, and of Libri-Light where it is given."""
+        for name, items in (("held_out", self.held_out), ("librilight", self.panel)):
+            if not items:
+                continue
+            scores = evaluate(lm, items, frames_per_call=self.args.eval.frames_per_call)
+            means = {
+                f"nll_{kind}": float(np.nanmean(np.concatenate(scores.nll[kind])))
+                if np.isfinite(np.concatenate(scores.nll[kind])).any()
+                else float("nan")
+                for kind in KINDS
+            }
+            metrics.log(name, step, means)
+            tqdm.write(f"     step {step}, {name}: codebook 0 {means['nll_codebook0']:.4f} nats")
+
+    def final(self, lm: LMModel, run_dir: Path, metrics: Metrics, step: int) -> list[str]:
+        """Compare stock base, memory kept and memory reset every window; write it all.
+
+        Returns:
+            Lines for a person: the tables, the verdict, and where the picture is.
+        """
+        items = self.panel or self.held_out
+        if not items:
+            return ["not evaluated: neither eval.librilight_data nor data.eval_data is given"]
+        stock = load_base(self.base, device=lm.device, dtype=lm.dtype)
+        arms = 1 + (2 if self.args.ttt is not None else 1)
+        total = arms * sum(item.codes.shape[-1] for item in items)
+        with tqdm(total=total, desc="scoring", unit="frame", unit_scale=True) as bar:
+            results = evaluate_arms(
+                lm, stock, items, arms=("kept", "reset"),
+                training_frames=segment_frames(self.args.duration_sec),
+                frames_per_call=self.args.eval.frames_per_call, progress=bar.update,
+            )  # fmt: skip
+        files = write_results(results, run_dir / "eval", title=run_dir.name)
+        for arm, found in results["arms"].items():
+            scalar = found["ranges"]["codebook0"][SCALAR]["mean"]
+            metrics.log("final", step, {f"{arm}_nll_codebook0_{SCALAR}": scalar})
+        picture = next(f for f in files if f.suffix == ".png")
+        metrics.image("nll_by_position", picture, step)
+        return ["", render(results, as_text), "", "picture: " + str(picture)]
+
+
+def window_of(base: Base) -> int:
+    """Attention window in frames, from the base's config.
+
+    Raises:
+        UserError: its attention has no end.
+    """
+    window = base.lm_config.get("context")
+    if window is None:
+        raise UserError(f"base {base.name}: its attention has no window (context is null)")
+    return window
+
+
+def plot_curves(run_dir: Path) -> Path:
+    """Draw the run's metrics to `curves.png`: NLL by kind, gradient norm, gates."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    panels = {
+        "NLL, nats a token": [f"nll_{kind}" for kind in KINDS],
+        "gradient norm": ["grad_norm"],
+        "mean |tanh(gate)|": ["gate_abs_mean"],
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.4), layout="constrained")
+    styles = {"train": ("-", None), "held_out": ("--", "o"), "librilight": (":", "s")}
+    for axis, (title, keys) in zip(axes, panels.items(), strict=True):
+        for kind, (style, marker) in styles.items():
+            for key in keys:
+                found = [(r["step"], r[key]) for r in lines if r["kind"] == kind and key in r]
+                found = [(s, v) for s, v in found if v is not None]
+                if found:
+                    label = f"{key.removeprefix('nll_')} {kind}"
+                    axis.plot(*zip(*found, strict=True), style, marker=marker, ms=3, label=label)
+        axis.set(title=title, xlabel="step")
+        if axis.lines:
+            axis.legend(fontsize=7)
+    path = run_dir / "curves.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far, of the GPU or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return memory_in_use(device)
+
+
+def next_steps(run_dir: Path, checkpoint: Path | None) -> list[str]:
+    """Where everything is and what to type next."""
+    lines = ["", f"everything is in {run_dir}/: config.yaml, metrics.jsonl, curves.png"]
+    if checkpoint is not None:
+        lines += [
+            f"checkpoint: {checkpoint}",
+            "score it again, or other speech:  make eval",
+            'talk to it (--mic: microphone):   make stream ARGS="--file in.wav --out out.wav"',
+        ]
+    return lines

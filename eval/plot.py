@@ -10,8 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
+from numpy.typing import NDArray
 
 from eval.report import FRAME_SECONDS, HEADLINE, Results, arm_label, main_difference
+
+Vector = NDArray[np.float64]
 
 STYLES = {
     "base": ("#000000", "--"),
@@ -22,6 +25,7 @@ STYLES = {
 }
 """Arm -> colour (Okabe and Ito's, safe for the colour-blind) and dashes, which differ too."""
 OTHERS = ["#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
+MERGE = 0.06  # on a logarithmic axis: bins are merged to this part of their position
 LOG_FROM = 12  # windows; longer recordings get a logarithmic axis, or 1x to 4x would be a sliver
 
 
@@ -32,19 +36,21 @@ def plot(results: Results, path: Path, title: str) -> None:
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     bins = max(len(a["curve"][HEADLINE]["mean"]) for a in results["arms"].values())
     width, window = results["bin_frames"], results["window_frames"]
-    x = (np.arange(bins) + 0.5) * width
+    log = bins * width > LOG_FROM * window
+    groups = _groups(bins) if log else [(i, i + 1) for i in range(bins)]
+    x = np.array([(first + after) / 2 * width for first, after in groups])
     others = iter(OTHERS * len(results["arms"]))
     for name, arm in results["arms"].items():
         colour, dashes = STYLES.get(name) or (next(others), "-")
-        _line(top, x, arm["curve"][HEADLINE], colour, dashes, arm_label(results, name))
+        _line(top, x, groups, arm["curve"][HEADLINE], colour, dashes, arm_label(results, name))
     top.set_ylabel("NLL of codebook 0 (nats)")
-    top.legend(fontsize=9, framealpha=0.9)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     difference = main_difference(results)
     if difference is not None:
         colour, _ = STYLES[difference["arm"]]
         one, other = (arm_label(results, difference[k]) for k in ("arm", "minus"))
-        _line(bottom, x, difference["curve"][HEADLINE], colour, "-", f"{one} - {other}")
-        bottom.legend(fontsize=9, framealpha=0.9)
+        _line(bottom, x, groups, difference["curve"][HEADLINE], colour, "-", "")
+        bottom.set_title(f"{one} - {other}", fontsize=9)
     bottom.text(
         2 * window,
         0.03,
@@ -54,31 +60,51 @@ def plot(results: Results, path: Path, title: str) -> None:
         fontsize=8,
     )
     bottom.axhline(0, color="black", linewidth=0.8)
-    bottom.set_ylabel("paired difference (nats)\nbelow 0: memory helps")
+    bottom.set_ylabel("paired difference (nats)\nbelow 0: the first is better")
     bottom.set_xlabel("position in the recording (frames of 80 ms)")
     for axes in (top, bottom):
         axes.grid(alpha=0.25)
         axes.axvspan(window, 4 * window, color="#0072B2", alpha=0.06, linewidth=0)
-    _scale(top, bottom, bins * width, window)
+    _scale(top, bottom, bins * width, window, log)
     _mark(top, bottom, window, "window")
     if results["training_frames"]:
         _mark(top, bottom, results["training_frames"], "training length")
     speakers = len({i["speaker"] for i in results["items"]})
     top.set_title(
         f"{title}\n{len(results['items'])} recordings of {speakers} speakers; "
-        f"bins of {width} frames, bands 95 %",
+        f"bins of {width} frames{', merged to the right' if log else ''}, bands 95 %",
         fontsize=10,
     )
     figure.savefig(path, format="png")
 
 
+def _groups(bins: int) -> list[tuple[int, int]]:
+    """Runs of bins, each longer by a part of its start: dots evenly far on a logarithmic axis."""
+    groups, first = [], 0
+    while first < bins:
+        after = min(first + max(1, round(first * MERGE)), bins)
+        groups.append((first, after))
+        first = after
+    return groups
+
+
 def _line(
-    axes: Axes, x: np.ndarray[Any, Any], curve: dict[str, Any], colour: str, dashes: str, label: str
+    axes: Axes,
+    x: Vector,
+    groups: list[tuple[int, int]],
+    curve: dict[str, Any],
+    colour: str,
+    dashes: str,
+    label: str,
 ) -> None:
-    mean, low, high = (np.asarray(curve[k], dtype=float) for k in ("mean", "low", "high"))
-    axes.plot(x[: len(mean)], mean, color=colour, linestyle=dashes, linewidth=1.6, label=label)
+    # of merged bins the ends of the intervals are averaged too: wider than their own, not narrower
+    mean, low, high = (
+        np.array([np.mean(curve[key][first:after]) for first, after in groups])
+        for key in ("mean", "low", "high")
+    )
+    axes.plot(x, mean, color=colour, linestyle=dashes, linewidth=1.6, label=label)
     if dashes != STYLES["off"][1]:
-        axes.fill_between(x[: len(mean)], low, high, color=colour, alpha=0.13, linewidth=0)
+        axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
 
 
 def _mark(top: Axes, bottom: Axes, frame: int, label: str) -> None:
@@ -95,11 +121,12 @@ def _mark(top: Axes, bottom: Axes, frame: int, label: str) -> None:
         ha="right",
         va="bottom",
         color="#444444",
+        zorder=1.5,  # under the curves
+        bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1},
     )
 
 
-def _scale(top: Axes, bottom: Axes, end: int, window: int) -> None:
-    log = end > LOG_FROM * window
+def _scale(top: Axes, bottom: Axes, end: int, window: int, log: bool) -> None:
     seconds = top.twiny()  # matplotlib's secondary axis drops its own ticks on a log scale
     seconds.set_xlabel("seconds")
     for axes, factor in ((bottom, 1.0), (seconds, FRAME_SECONDS)):

@@ -8,8 +8,8 @@ heads of 64, chunks of 16 and 64 frames, float32, one thread. Measured:
 - one streamed frame, against the dense streaming form (at most half as long).
 
 Times are CPU time of the one thread (others may share the machine), medians of 5 interleaved
-pairs. Where the results of a form and its baseline disagree, no
-time is reported and the exit status is 1. A target missed by less than 10 % is reported as near.
+pairs. Where the results of a form and its baseline disagree, no time is reported and the exit
+status is 1. A target missed by less than 10 % is reported as near.
 """
 
 from __future__ import annotations
@@ -287,8 +287,8 @@ def main() -> int:
     facts = "".join(f"- {k}: `{v}`\n" for k, v in about.items())
     shape = f"B = 1, T = {args.frames}, {args.heads} heads of {args.width // args.heads}, float32"
     (args.out / "ops.md").write_text(
-        f"# Memories on the CPU\n\nA whole layer, {shape}; CPU time, medians of {PAIRS} interleaved pairs. "
-        f"Targets: {TARGETS}.\n\n{table(rows)}\n{facts}"
+        f"# Memories on the CPU\n\nA whole layer, {shape}; CPU time, medians of {PAIRS} interleaved "
+        f"pairs. Targets: {TARGETS}.\n\n{table(rows)}\n{facts}"
     )
     return 0
 

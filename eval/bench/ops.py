@@ -287,8 +287,8 @@ def main() -> int:
     facts = "".join(f"- {k}: `{v}`\n" for k, v in about.items())
     shape = f"B = 1, T = {args.frames}, {args.heads} heads of {args.width // args.heads}, float32"
     (args.out / "ops.md").write_text(
-        f"# Memories on the CPU\n\nA whole layer, {shape}; CPU time, medians of {PAIRS} interleaved "
-        f"pairs. Targets: {TARGETS}.\n\n{table(rows)}\n{facts}"
+        f"# Memories on the CPU\n\nA whole layer, {shape}; CPU time, medians of {PAIRS} "
+        f"interleaved pairs. Targets: {TARGETS}.\n\n{table(rows)}\n{facts}"
     )
     return 0
 

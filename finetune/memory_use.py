@@ -76,7 +76,7 @@ def estimate(lm_config: dict[str, Any] | None, args: TrainArgs, width: int) -> N
     temporal = lm.dim * (12 + 34 + per_layer * len(lm.transformer.layers))
     depth = 0
     if lm.depformer is not None:
-        dep_dim = lm.linears[0].in_features
+        dep_dim = config["depformer_dim"]
         depth = lm.dep_q * dep_dim * (12 + 34 + per_layer * len(lm.depformer.layers))
     logits = 4 * 3 * (lm.dep_q * lm.card + lm.text_card)
     activations = frames * (width * (temporal + depth) + logits)

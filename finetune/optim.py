@@ -22,7 +22,7 @@ class Group:
     name: str
     lr: float
     weight_decay: float
-    params: list[nn.Parameter] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list)
 
 
 def parameter_groups(lm: LMModel, args: TrainArgs) -> list[Group]:
@@ -91,7 +91,7 @@ class MasterAdamW:
     """
 
     def __init__(self, groups: list[Group], betas: tuple[float, float]) -> None:
-        self.pairs: list[tuple[nn.Parameter, Tensor]] = []
+        self.pairs: list[tuple[Tensor, Tensor]] = []
         described = []
         for group in groups:
             masters = []

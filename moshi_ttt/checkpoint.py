@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.errors import UserError
 from moshi_ttt.hybrid import BLOCK, HybridLMModel, splice
+from moshi_ttt.states import ttt_blocks
 
 FORMAT = 1
 LORA_FILE, TTT_FILE, FULL_FILE = "lora.safetensors", "ttt.safetensors", "consolidated.safetensors"
@@ -372,14 +373,14 @@ def load(
         differ = [f"{k} {theirs.get(k)!r}, not {v!r}" for k, v in ttt.to_dict().items()
                   if theirs.get(k) != v]  # fmt: skip
         raise UserError(f"{folder} was trained with another memory: {'; '.join(differ)}")
-    dtype = dtype or getattr(torch, about["dtype"])
+    compute: torch.dtype = dtype or getattr(torch, about["dtype"])
     _refuse_quantised(base)
-    lm = get_moshi_lm(weights, dict(base.lm_config), device, dtype)
+    lm = get_moshi_lm(weights, dict(base.lm_config), device, compute)
     if config.get("lora"):
         load_lora(lm, folder / LORA_FILE, config["lora_rank"], config["lora_scaling"])
     if saved is not None:
         splice(lm, saved)
-        _load_ttt(lm, folder / TTT_FILE, saved, device, dtype)
+        _load_ttt(lm, folder / TTT_FILE, saved, device, compute)
     return Loaded(lm.eval(), base, saved, about)
 
 
@@ -435,7 +436,6 @@ def _load_ttt(
                 f"{path}: {key} has shape {tuple(tensors[key].shape)}, {TTT_CONFIG_FILE} means "
                 f"{tuple(value.shape)}{hint}"
             )
-    for module in lm.modules():
-        if hasattr(module, "cast_projections"):
-            module.cast_projections(dtype)
+    for block in ttt_blocks(lm).values():
+        block.memory.cast_projections(dtype)
     lm.load_state_dict(tensors, strict=False)

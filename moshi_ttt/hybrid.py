@@ -88,7 +88,9 @@ class HybridStreamingTransformerLayer(StreamingTransformerLayer, _KeepsStates):
             y, state = self._body(x, cross_attention_src, tree_unflatten(flat, spec))
             return y, *tree_flatten(state)[0]
 
-        y, *after = checkpoint(body, x, *flat, use_reentrant=False, preserve_rng_state=False)
+        out = checkpoint(body, x, *flat, use_reentrant=False, preserve_rng_state=False)
+        assert out is not None
+        y, *after = out
         block.leave(tree_unflatten(after, spec))
         return y
 
@@ -203,7 +205,7 @@ def splice(lm: LMModel, config: TTTConfig) -> Spliced:
         block.train(layer.training)
     transformer.__class__ = HybridStreamingTransformer
     lm.__class__ = HybridLMModel
-    lm.ttt_config = config  # pyright: ignore[reportAttributeAccessIssue]
+    object.__setattr__(lm, "ttt_config", config)
     _forget_streaming_children(lm)
     added = sum(p.numel() for block in blocks.values() for p in block.parameters())
     return Spliced(indices, added, config)
@@ -221,9 +223,9 @@ def unsplice(lm: LMModel) -> None:
         raise ValueError("the model is streaming: unsplice after streaming ended")
     for layer in hybrid_layers(lm):
         delattr(layer, BLOCK)
-        layer.__class__ = StreamingTransformerLayer
+        layer.__class__ = StreamingTransformerLayer  # pyright: ignore[reportAttributeAccessIssue]
     lm.transformer.__class__ = StreamingTransformer
-    lm.__class__ = LMModel
+    lm.__class__ = LMModel  # pyright: ignore[reportAttributeAccessIssue]
     del lm.ttt_config
     _forget_streaming_children(lm)
 

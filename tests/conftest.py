@@ -1,13 +1,11 @@
 import os
 
-os.environ.setdefault("NO_TORCH_COMPILE", "1")  # before moshi is imported
-
-from jaxtyping import install_import_hook
-
-install_import_hook("moshi_ttt.ops", "beartype.beartype")
-
 import pytest
 import torch
+from jaxtyping import install_import_hook
+
+os.environ.setdefault("NO_TORCH_COMPILE", "1")  # before moshi is imported
+install_import_hook("moshi_ttt.ops", "beartype.beartype")
 
 
 @pytest.fixture(autouse=True)

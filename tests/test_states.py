@@ -130,7 +130,7 @@ def test_restored_when_the_body_raises():
         stream(lm, codes_for(lm, 1, 7))
         before = states.save_ttt_states(lm)
         assert_moved(lm, before, "streaming")
-        with pytest.raises(RuntimeError, match="boom"), states.preserved_ttt_states(lm):
+        with pytest.raises(RuntimeError, match="boom"), states.preserved_ttt_states(lm):  # noqa: PT012
             stream(lm, codes_for(lm, 1, 7, 9))
             assert not torch.equal(
                 *(tensors(s, "streaming")["transformer.layers.0.seq_modeling_block.fast.k"]

@@ -114,7 +114,8 @@ class CodesCache:
                 missing[file] = recording
         # longest first: no worker is left alone with a long one at the end
         jobs = sorted(missing.items(), key=lambda job: -job[1].duration)
-        total = sum(r.duration for r in missing.values()) / 60
+        # tqdm warns when rounding carries the sum past the total
+        total = sum(r.duration for r in missing.values()) / 60 + 1e-6
         if jobs:
             bar = "{l_bar}{bar}| {n:.1f}/{total:.1f} min [{elapsed}<{remaining}]"
             with tqdm(total=total, desc="encoding", bar_format=bar) as progress:

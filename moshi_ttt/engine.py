@@ -27,6 +27,7 @@ from torch import Tensor
 
 from moshi_ttt.errors import UserError
 from moshi_ttt.hybrid import BLOCK, HybridLMModel
+from moshi_ttt.ring import widen_kv_rings
 from moshi_ttt.states import ttt_blocks
 
 FRAME_MS = 80.0
@@ -165,6 +166,9 @@ class Engine:
         self._streams = ExitStack()
         with ExitStack() as stack:
             stack.enter_context(mimi.streaming(rows))
+            # A frame is two steps of Mimi's transformers: with moshi's own ring every other step
+            # lacks its oldest key, and the codes are not those that training has seen.
+            widen_kv_rings(mimi, int(mimi.encoder_frame_rate / mimi.frame_rate))
             stack.enter_context(self.gen.streaming(rows))
             if self.device.type == "cuda":
                 for _ in range(WARM_UP_FRAMES):

@@ -16,10 +16,12 @@ from safetensors.torch import save_file
 
 from moshi_ttt import loops, sound
 from moshi_ttt.checkpoint import find_base, save_checkpoint
+from moshi_ttt.codec import encode_recording
 from moshi_ttt.engine import Engine, FrameTimes, Sampling, memory_norms
 from moshi_ttt.errors import UserError
 from moshi_ttt.files import newest_checkpoint, written_whole
 from moshi_ttt.loops import statistics, stream_file, talk
+from moshi_ttt.ring import widen_kv_rings
 from moshi_ttt.sound import FRAME, FrameRing, SoundCard
 from moshi_ttt.stream import main
 from tests.small import small_base, small_hybrid, small_mimi, small_tokenizer
@@ -62,7 +64,7 @@ def talking(tmp_path_factory):
 
 @pytest.mark.parametrize("late", [1, 2])
 @pytest.mark.parametrize("greedy", [False, True])
-def test_a_stream_is_moshis_own_run_inference(greedy, late):
+def test_a_stream_is_moshis_own_run_inference_with_whole_rings(greedy, late):
     delays = [0] + 2 * ([0] + 7 * [late])
     lm, mimi, frames = hybrid(), small_mimi(), noise(24)
     lm.delays = delays
@@ -73,6 +75,7 @@ def test_a_stream_is_moshis_own_run_inference(greedy, late):
     theirs = InferenceState(
         info, mimi, small_tokenizer(), lm, 1, 1.0, "cpu", use_sampling=not greedy
     )
+    widen_kv_rings(mimi, 2)  # as the engine does; moshi's own ring drops keys of 25 Hz steps
     torch.manual_seed(5)
     with torch.no_grad():
         ((texts, wanted),) = theirs.run(frames[:, 0, 0].reshape(1, 1, -1))
@@ -87,6 +90,18 @@ def test_a_stream_is_moshis_own_run_inference(greedy, late):
     assert "".join(t[0] for t in text) == "".join(pieces)
     assert len(pieces) > 3
     assert wanted.std() > 1e-3
+
+
+def test_what_the_engine_hears_is_what_training_has_seen():
+    """Codes of a stream, past Mimi's own window, are those of `encode_recording`."""
+    frames, heard = noise(40), []
+    lm, mimi = hybrid(), small_mimi()
+    whole = encode_recording(small_mimi(), frames.flatten()[None])
+    with Engine(lm, mimi, small_tokenizer()) as engine:
+        take = mimi.encode
+        mimi.encode = lambda pcm: heard.append(take(pcm)) or heard[-1]
+        run(engine, frames)
+    assert torch.equal(torch.cat(heard, -1), whole)
 
 
 def test_a_row_starts_anew_and_the_other_does_not_notice():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib as mpl
@@ -21,7 +22,7 @@ from eval.output import memory_in_use, write_results
 from eval.panel import Book, choose, make_items, read_panel
 from eval.report import FRAME_SECONDS, as_text, render
 from eval.scores import KINDS, Item, evaluate
-from eval.stats import SCALAR
+from eval.stats import SCALAR, Array
 from finetune.args import TrainArgs
 from finetune.data.codes import CodesCache
 from finetune.data.corpus import segment_frames
@@ -38,10 +39,11 @@ class Evaluation:
         args: of the run.
         base: for its tokenizer and, at the end, the stock model.
         cache: of codes, with all held-out recordings in it.
-        held_out: `data.eval_data`.
+        held_out: `data.eval_data`, empty if nothing is to be scored.
 
     Raises:
-        UserError: `eval.librilight_data` has nothing long enough.
+        UserError: `eval.librilight_data` is not there or has nothing long enough, or the base's
+            attention has no window.
     """
 
     def __init__(
@@ -50,20 +52,22 @@ class Evaluation:
         base: Base,
         cache: CodesCache,
         held_out: Sequence[Source],
-        window: int,
     ) -> None:
         self.args, self.base = args, base
-        tokenizer = base.info.get_text_tokenizer()
         self.held_out: list[Item] = []
         self.panel: list[Item] = []
-        shortest = 4 * window * FRAME_SECONDS
-        if args.data.eval_data:
+        if not wanted(args):
+            return
+        tokenizer = base.info.get_text_tokenizer()
+        window = window_of(base)
+        if held_out:
             books = [Book(str(r.path), str(r.path), (r,)) for s in held_out for r in s.recordings][
                 : args.eval.max_items
             ]
             self.held_out = self._items(books, cache, tokenizer)
         if args.eval.librilight_data:
-            books, _ = choose(read_panel(args.eval.librilight_data), shortest, args.eval.max_items)
+            books = _long_enough(args.eval.librilight_data, 4 * window * FRAME_SECONDS)
+            books, _ = choose(books, 0.0, args.eval.max_items)
             self.panel = self._items(books, cache, tokenizer)
 
     def _items(
@@ -72,17 +76,17 @@ class Evaluation:
         return make_items(books, cache, tokenizer, cache.mono_side, self.args.data.workers)
 
     def during(self, lm: LMModel, metrics: Metrics, step: int) -> None:
-        """Log the mean NLL of the held-out recordings, and of Libri-Light where it is given."""
+        """Log the mean NLL of the held-out recordings, and of Libri-Light where it is given.
+
+        Raises:
+            UserError: an NLL is not finite.
+        """
         for name, items in (("held_out", self.held_out), ("librilight", self.panel)):
             if not items:
                 continue
-            scores = evaluate(lm, items, frames_per_call=self.args.eval.frames_per_call)
-            means = {
-                f"nll_{kind}": float(np.nanmean(np.concatenate(scores.nll[kind])))
-                if np.isfinite(np.concatenate(scores.nll[kind])).any()
-                else float("nan")
-                for kind in KINDS
-            }
+            with _finite(f"step {step}, {name}"):
+                scores = evaluate(lm, items, frames_per_call=self.args.eval.frames_per_call)
+            means = {f"nll_{kind}": _mean(scores.nll[kind]) for kind in KINDS}
             metrics.log(name, step, means)
             tqdm.write(f"     step {step}, {name}: codebook 0 {means['nll_codebook0']:.4f} nats")
 
@@ -91,6 +95,9 @@ class Evaluation:
 
         Returns:
             Lines for a person: the tables, the verdict, and where the picture is.
+
+        Raises:
+            UserError: an NLL is not finite.
         """
         items = self.panel or self.held_out
         if not items:
@@ -98,7 +105,8 @@ class Evaluation:
         stock = load_base(self.base, device=lm.device, dtype=lm.dtype)
         arms = 1 + (2 if self.args.ttt is not None else 1)
         total = arms * sum(item.codes.shape[-1] for item in items)
-        with tqdm(total=total, desc="scoring", unit="frame", unit_scale=True) as bar:
+        bar = tqdm(total=total, desc="scoring", unit="frame", unit_scale=True)
+        with bar, _finite("after training"):
             results = evaluate_arms(
                 lm, stock, items, arms=("kept", "reset"),
                 training_frames=segment_frames(self.args.duration_sec),
@@ -111,6 +119,41 @@ class Evaluation:
         picture = next(f for f in files if f.suffix == ".png")
         metrics.image("nll_by_position", picture, step)
         return ["", render(results, as_text), "", "picture: " + str(picture)]
+
+
+def wanted(args: TrainArgs) -> bool:
+    """Whether a run scores anything."""
+    return args.do_eval or args.eval.eval_after_training
+
+
+@contextmanager
+def _finite(when: str) -> Iterator[None]:
+    try:
+        yield
+    except FloatingPointError as error:
+        raise UserError(f"{when}: {error}: lower the learning rate") from error
+
+
+def _mean(nll: Sequence[Array]) -> float:
+    values = np.concatenate(nll)
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _long_enough(data: str, seconds: float) -> list[Book]:
+    try:
+        books = read_panel(data)
+    except UserError as error:
+        raise UserError(f"eval.librilight_data: {error}") from error
+    found = [book for book in books if book.seconds >= seconds]
+    if not found:
+        longest = max(books, key=lambda book: book.seconds)
+        raise UserError(
+            f"eval.librilight_data {data}: no recording is as long as four attention windows, "
+            f"{seconds:g} s; the longest of {len(books)} is {longest.name} with "
+            f"{longest.seconds:.1f} s"
+        )
+    return found
 
 
 def window_of(base: Base) -> int:

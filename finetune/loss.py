@@ -94,6 +94,10 @@ def total_weight(lm: LMModel, batches: list[tuple[Tensor, Tensor]], weights: Los
     return total
 
 
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def loss_sums(
     lm: LMModel, codes: Tensor, text_known: Tensor, weights: LossWeights
 ) -> tuple[Tensor, Tensor, Sums]:
@@ -107,10 +111,10 @@ def loss_sums(
     # Logits at positions cut off by the delays are NaN: they are left out before any arithmetic.
     text_on, audio_on = text_weight > 0, audio_weight > 0
     text_nll = F.cross_entropy(
-        out.text_logits[:, 0][text_on].float(), codes[:, 0][text_on], reduction="none"
+        _wide(out.text_logits[:, 0][text_on]), codes[:, 0][text_on], reduction="none"
     )
     targets = codes[:, lm.audio_offset : lm.audio_offset + lm.dep_q]
-    audio_nll = F.cross_entropy(out.logits[audio_on].float(), targets[audio_on], reduction="none")
+    audio_nll = F.cross_entropy(_wide(out.logits[audio_on]), targets[audio_on], reduction="none")
     text_loss = (text_nll * text_weight[text_on]).sum()
     audio_loss = (audio_nll * audio_weight[audio_on]).sum()
     first = torch.zeros_like(audio_on)

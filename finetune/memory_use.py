@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from moshi.models import loaders
-from moshi.models.lm import LMModel
-from moshi.models.loaders import FRAME_RATE
 from torch import nn
 
 from finetune.args import TrainArgs
+from finetune.data.corpus import segment_frames
 from moshi_ttt.errors import UserError
 from moshi_ttt.hybrid import splice
 
@@ -55,10 +54,19 @@ def estimate(lm_config: dict[str, Any] | None, args: TrainArgs, width: int) -> N
         lm_config: keyword arguments of LMModel; None means Moshi 7B.
         args: the run.
         width: bytes of a number in the compute dtype.
+
+    Raises:
+        UserError: the config is none of an LMModel, or the memory does not go into it.
     """
     config = dict(loaders._lm_kwargs if lm_config is None else lm_config)
     with torch.device("meta"):
-        lm = LMModel(device="meta", dtype=torch.bfloat16, **config)
+        try:
+            lm = loaders.get_moshi_lm(None, config, "meta", torch.bfloat16)
+        except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
+            raise UserError(
+                "the base's config.json does not describe a Moshi "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            ) from error
         base = sum(p.numel() for p in lm.parameters())
         linears = [m for m in lm.modules() if isinstance(m, nn.Linear)]
         trainable = base if args.full_finetuning else 0
@@ -69,9 +77,12 @@ def estimate(lm_config: dict[str, Any] | None, args: TrainArgs, width: int) -> N
                 embeddings = [m for m in lm.modules() if isinstance(m, nn.Embedding)]
                 trainable += sum(p.numel() for m in embeddings for p in m.parameters())
         if args.ttt is not None:
-            extra += splice(lm, args.ttt).parameters
+            try:
+                extra += splice(lm, args.ttt).parameters
+            except ValueError as error:
+                raise UserError(f"ttt: {error}") from error
     trainable += extra
-    frames = args.batch_size * round(args.duration_sec * FRAME_RATE)
+    frames = args.batch_size * segment_frames(args.duration_sec)
     per_layer = 1 if args.gradient_checkpointing else 34
     temporal = lm.dim * (12 + 34 + per_layer * len(lm.transformer.layers))
     depth = 0
@@ -89,7 +100,7 @@ def check_fits(lm_config: dict[str, Any] | None, args: TrainArgs, device: torch.
     """Refuse a run that cannot fit, before any download.
 
     Raises:
-        UserError: one line with the bytes needed and the bytes there are.
+        UserError: one line with the bytes needed and the bytes there are; or see `estimate`.
     """
     cuda = device.type == "cuda"
     width = 2 if cuda and args.param_dtype == "bfloat16" else 4

@@ -6,20 +6,23 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import wandb
 
 from finetune.args import TrainArgs
 
+Mode = Literal["online", "offline", "disabled", "shared"]
 logger = logging.getLogger(__name__)
 
 
 class Metrics:
     """Append-only log of a run.
 
-    wandb is a mirror: unreachable or not logged in, it is said once and the run goes on offline.
+    wandb is a mirror: whatever is wrong with it (unreachable, not logged in, a bad key) is said
+    once, and the run goes on offline or, if that fails too, without it.
 
     Args:
         run_dir: gets `metrics.jsonl` and, offline, `wandb/`.
@@ -38,15 +41,20 @@ class Metrics:
             "dir": str(run_dir),
             "config": args.to_dict(),
         }
-        try:
-            self._wandb = wandb.init(mode="offline" if args.wandb.offline else "online", **about)
-        except (wandb.Error, OSError) as error:
-            logger.warning(
-                "wandb cannot be reached (%s): the run is logged offline, `wandb sync %s` later",
-                " ".join(str(error).split())[:200],
-                run_dir / "wandb",
-            )
-            self._wandb = wandb.init(mode="offline", **about)
+        # None is online, unless the environment has another WANDB_MODE
+        modes: list[Mode | None] = ["offline"] if args.wandb.offline else [None, "offline"]
+        for mode in modes:
+            try:
+                self._wandb = wandb.init(mode=mode, **about)
+                break
+            except Exception as error:
+                then = "without it" if mode else f"offline, `wandb sync {run_dir}/wandb/*` later"
+                logger.warning(
+                    "wandb cannot be used (%s: %s): the run is logged %s",
+                    type(error).__name__,
+                    " ".join(str(error).split())[:200],
+                    then,
+                )
 
     def log(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Write one line: `{"kind", "step", "seconds", ...values}`; NaN becomes null in JSON."""
@@ -54,16 +62,22 @@ class Metrics:
         clean = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
         line = {"kind": kind, "step": step, "seconds": seconds} | clean
         self._file.write(json.dumps(line) + "\n")
-        if self._wandb is not None:
-            self._wandb.log({f"{kind}/{k}": v for k, v in values.items()}, step=step)
+        self._mirror(lambda run: run.log({f"{kind}/{k}": v for k, v in values.items()}, step=step))
 
     def image(self, name: str, path: Path, step: int) -> None:
         """Show a picture in wandb too."""
-        if self._wandb is not None:
-            self._wandb.log({name: wandb.Image(str(path))}, step=step)
+        self._mirror(lambda run: run.log({name: wandb.Image(str(path))}, step=step))
 
     def close(self) -> None:
         """Flush and end."""
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._mirror(lambda run: run.finish())
+
+    def _mirror(self, do: Callable[[Any], object]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            do(self._wandb)
+        except Exception as error:
+            self._wandb = None
+            logger.warning("wandb failed (%s), the run goes on without it", error)

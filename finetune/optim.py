@@ -123,19 +123,30 @@ class MasterAdamW:
                 for p, master in self.pairs:
                     if master is not p:
                         p.copy_(master)
+        self.clear()
+        return norm
+
+    def clear(self) -> None:
+        """Drop all gradients."""
         for p, master in self.pairs:
             p.grad = master.grad = None
-        return norm
+
+    def is_finite(self) -> bool:
+        """Whether every parameter that is trained is still a number."""
+        return all(bool(torch.isfinite(p).all()) for p, _ in self.pairs)
 
 
 def schedule(args: TrainArgs) -> Callable[[int], float]:
     """Learning rate at a step as a share of the group's: warm-up, then a cosine.
 
-    `cosine` warms up linearly from 0 over `pct_start` of the steps and falls to 1 % of the peak;
-    `onecycle` is torch's OneCycleLR, as moshi-finetune uses it: both phases cosines, from 1/25
-    of the peak, down to 1/250 000.
+    `cosine` warms up linearly over `pct_start` of the steps, to the peak, and falls to 1 % of it
+    at the last step; `onecycle` has the values of torch's OneCycleLR, as moshi-finetune uses it:
+    both phases cosines, from 1/25 of the peak, down to 1/250 000 at the last step. (That one also
+    cycles AdamW's first beta, whatever `betas` says; here `betas` holds.)
     """
-    steps, warmup = args.max_steps, max(1, round(args.optim.pct_start * args.max_steps))
+    steps = args.max_steps
+    warmup = max(1, round(args.optim.pct_start * steps))
+    top = args.optim.pct_start * steps - 1  # of onecycle; a fraction of a step, as in torch
 
     def anneal(start: float, end: float, share: float) -> float:
         return end + (start - end) / 2 * (1 + math.cos(math.pi * min(1.0, share)))
@@ -143,12 +154,12 @@ def schedule(args: TrainArgs) -> Callable[[int], float]:
     def cosine(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        return anneal(1.0, 0.01, (step - warmup) / max(1, steps - warmup))
+        return anneal(1.0, 0.01, (step + 1 - warmup) / max(1, steps - warmup))
 
     def onecycle(step: int) -> float:
-        if step < warmup:
-            return anneal(1 / 25, 1.0, step / warmup)
-        return anneal(1.0, 1 / 25 / 1e4, (step - warmup) / max(1, steps - warmup))
+        if step <= top:
+            return anneal(1 / 25, 1.0, step / top if top > 0 else 1.0)
+        return anneal(1.0, 1 / 25 / 1e4, (step - top) / (steps - 1 - top))
 
     return onecycle if args.optim.schedule == "onecycle" else cosine
 
@@ -157,3 +168,9 @@ def inner_lr_scale(args: TrainArgs) -> Callable[[int], float]:
     """Share of `base_lr` at a step: from a tenth to all of it over the outer warm-up."""
     warmup = max(1, round(args.optim.pct_start * args.max_steps))
     return lambda step: min(1.0, 0.1 + 0.9 * step / warmup)
+
+
+def set_inner_lr(lm: LMModel, scale: float) -> None:
+    """Set the share of `base_lr` that the memories of a spliced model write with."""
+    for block in ttt_blocks(lm).values():
+        block.memory.lr_scale = scale

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from moshi.models.lm import LMModel
+from torch import Tensor
 
 from finetune.data.loader import Batch
 from finetune.loss import LossWeights, Sums, loss_sums, total_weight
 from finetune.optim import MasterAdamW
-from moshi_ttt.block import named_tensors
-from moshi_ttt.states import ttt_blocks
+from moshi_ttt.hybrid import HybridLMModel
+from moshi_ttt.states import attach_ttt_states, ttt_blocks
 
 
 class NonFiniteError(RuntimeError):
@@ -28,12 +29,14 @@ class StepResult:
         sums: the sums behind it, over all micro-batches.
         grad_norm: before clipping.
         tokens: target tokens.
+        state_norms: [2, segments] of the memories at the end of each, see `state_norms`.
     """
 
     loss: float
     sums: Sums
     grad_norm: float
     tokens: int
+    state_norms: Tensor = field(default_factory=lambda: torch.zeros(2, 0))
 
 
 def train_step(
@@ -58,12 +61,20 @@ def train_step(
     moved = [(b.codes.to(device), b.text_mask.to(device)) for b in batches]
     text_total, audio_total = total_weight(lm, moved, weights).tolist()
     total: Sums | None = None
+    norms: list[Tensor] = []
     for batch, (codes, text_known) in zip(batches, moved, strict=True):
+        carried = isinstance(lm, HybridLMModel) and lm.ttt_config.persistent_states
+        if carried:
+            # Fresh lanes: every segment starts from W0, and the state it ends in can be measured.
+            attach_ttt_states(lm, len(codes))
         text_loss, audio_loss, sums = loss_sums(lm, codes, text_known, weights)
+        if carried:
+            norms.append(state_norms(lm))  # before the update moves W0
         loss = audio_loss / max(audio_total, 1e-12)
         if text_total > 0:
             loss = loss + text_loss / text_total
         if not torch.isfinite(loss):
+            optimizer.clear()
             raise NonFiniteError(f"step {step}: loss is {loss.item()} on {batch.describe()}")
         loss.backward()
         total = sums if total is None else total + sums
@@ -74,27 +85,43 @@ def train_step(
         raise NonFiniteError(f"step {step}: gradient norm is {norm} on {names}")
     text, audio = total.loss.tolist()
     value = (text / text_total if text_total > 0 else 0.0) + audio / max(audio_total, 1e-12)
-    return StepResult(value, total, norm, int(total.count.sum()))
+    tokens = int(total.count.sum())
+    states = torch.cat(norms, 1) if norms else torch.zeros(2, 0)
+    return StepResult(value, total, norm, tokens, states)
 
 
 @torch.no_grad()
-def memory_metrics(lm: LMModel) -> dict[str, float]:
-    """Mean and spread of tanh(gate) and the norm of the carried fast weights over all layers.
+def state_norms(lm: LMModel) -> Tensor:
+    """Norms of the fast weights that hang on the lanes, of all layers together, row by row.
 
-    The state's norm is NaN where no state is carried (every step starts from W0).
+    Returns:
+        [2, B]: the norm, and that of the distance from W0; [2, 0] where no lanes hold a state.
+    """
+    squares = []
+    for block in ttt_blocks(lm).values():
+        if block._lanes is None or block._lanes.state is None:
+            return torch.zeros(2, 0)
+        state, start = block._lanes.state.fast, block.memory.params()
+        for key in set(state._fields) & set(start._fields):  # the fast weights: W0 has their names
+            now, w0 = getattr(state, key), getattr(start, key)
+            squares.append(torch.stack([(now - w).flatten(1).square().sum(1) for w in (0, w0)]))
+    return torch.stack(squares).sum(0).sqrt()
+
+
+@torch.no_grad()
+def memory_metrics(lm: LMModel, result: StepResult) -> dict[str, float]:
+    """Mean and spread of tanh(gate), and the mean of the states' norms over a step's segments.
+
+    `state_norm` and `state_moved` (the distance from W0) are NaN where every call has a state of
+    its own (`persistent_states: false`).
     """
     blocks = ttt_blocks(lm).values()
     gates = torch.cat([torch.tanh(block.gate).flatten().float() for block in blocks])
-    squares = [
-        float(t.float().square().sum())
-        for block in blocks
-        if block._lanes is not None and block._lanes.state is not None
-        for name, t in named_tensors(block._lanes.state.fast)
-        if name.startswith(("W", "b"))
-    ]
+    norm, moved = result.state_norms.mean(1).tolist()
     return {
         "gate_mean": float(gates.mean()),
         "gate_abs_mean": float(gates.abs().mean()),
         "gate_std": float(gates.std()),
-        "state_norm": math.sqrt(sum(squares)) if squares else math.nan,
+        "state_norm": norm,
+        "state_moved": moved,
     }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from finetune.corpora import daily_talk, embedded
+from finetune.corpora import daily_talk, embedded, embedded_base
 from moshi_ttt.errors import UserError
 
 CORPORA: dict[str, Callable[[], None]] = {
     "embedded": embedded.prepare,
+    "embedded_base": embedded_base.prepare,
     "kyutai/DailyTalkContiguous": daily_talk.prepare,
 }
 """`data.corpus` -> what makes its manifests be there; quick where they are."""

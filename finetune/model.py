@@ -1,0 +1,146 @@
+"""The model of a run: base, LoRA and memory, found, sized and put together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from moshi.models.lm import LMModel
+
+from finetune.args import TrainArgs
+from finetune.memory_use import check_fits
+from moshi_ttt import states
+from moshi_ttt.checkpoint import (
+    CONFIG_FILE,
+    Base,
+    add_lora,
+    find_base,
+    load_base,
+    load_lora,
+    read_json,
+)
+from moshi_ttt.errors import UserError, no_space_left
+from moshi_ttt.hybrid import Spliced, splice
+
+SEVEN_B = ("kyutai/moshiko-pytorch", "kyutai/moshika-pytorch")
+"""Repositories known to be Moshi 7B, whatever the suffix: their size needs no network."""
+_NOT_OF_THE_LM = (
+    "moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "model_type",
+    "lm_gen_config", "tts_config", "stt_config", "model_id",
+    "lora", "lora_rank", "lora_scaling", "lora_name",
+)  # fmt: skip
+"""Keys of a config.json that are no keyword of LMModel."""
+
+
+def check_remote(args: TrainArgs, device: torch.device) -> None:
+    """Refuse a base of the hub that cannot fit, before its weights are downloaded.
+
+    Of a repository that is not known to be the 7B, config.json (a few kB) is fetched to see.
+
+    Raises:
+        UserError: it does not fit, or the hub cannot be reached.
+    """
+    paths = args.moshi_paths
+    name = paths.hf_repo_id or ""
+    # a local folder may have one slash in its name, too
+    if not paths.is_remote or Path(name).expanduser().is_dir():
+        return
+    config: dict[str, Any] | None = None
+    if paths.config_path:
+        config = read_json(Path(paths.config_path))
+    elif not name.startswith(SEVEN_B):
+        config = _remote_config(name)
+    if config is not None:
+        config = {k: v for k, v in config.items() if k not in _NOT_OF_THE_LM}
+    check_fits(config, args, device)
+
+
+def _remote_config(name: str) -> dict[str, Any] | None:
+    try:
+        return read_json(Path(hf_hub_download(name, CONFIG_FILE)))
+    except LocalEntryNotFoundError as error:  # also an EntryNotFoundError: this one is no network
+        raise _unreachable(name, error) from error
+    except EntryNotFoundError:
+        return None  # an old repository of the 7B
+    except (OSError, HFValidationError) as error:
+        if no_space_left(error):
+            raise
+        raise _unreachable(name, error) from error
+
+
+def _unreachable(name: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(
+        f"moshi_paths.hf_repo_id {name!r}: the Hugging Face hub cannot be reached or has no such "
+        f"repository ({reason}); give a local folder, or moshi_paths.* for each file"
+    )
+
+
+def find_base_of(args: TrainArgs) -> Base:
+    """The base that `moshi_paths` names.
+
+    Raises:
+        UserError: it is not there, or the hub cannot be reached.
+    """
+    paths = args.moshi_paths
+    try:
+        return find_base(
+            paths.hf_repo_id or "local",
+            moshi_path=paths.moshi_path,
+            mimi_path=paths.mimi_path,
+            tokenizer_path=paths.tokenizer_path,
+            config_path=paths.config_path,
+        )
+    except HFValidationError as error:
+        raise _unreachable(paths.hf_repo_id or "", error) from error
+
+
+def check_lora_file(args: TrainArgs) -> None:
+    """Refuse a `lora.path` that is not there, before anything is loaded.
+
+    Raises:
+        UserError: no such file, or LoRA is not enabled.
+    """
+    if args.lora.path is None:
+        return
+    if not args.lora.enable:
+        raise UserError(f"lora.path is {args.lora.path!r}, but lora.enable is false")
+    if not Path(args.lora.path).expanduser().is_file():
+        raise UserError(f"lora.path {args.lora.path} does not exist")
+
+
+def build_model(
+    base: Base, args: TrainArgs, device: torch.device
+) -> tuple[LMModel, Spliced | None]:
+    """Load the base and put in what is trained.
+
+    Returns:
+        The model in train mode, and what was spliced.
+
+    Raises:
+        UserError: the base, the LoRA file or the memory's configuration does not fit.
+    """
+    bf16 = device.type == "cuda" and args.param_dtype == "bfloat16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    lm = load_base(base, device=device, dtype=dtype)
+    if args.lora.enable:
+        if args.lora.path is None:
+            add_lora(lm, args.lora.rank, args.lora.scaling)
+        else:
+            path = Path(args.lora.path).expanduser()
+            load_lora(lm, path, args.lora.rank, args.lora.scaling)
+    done = None
+    if args.ttt is not None:
+        try:
+            done = splice(lm, args.ttt)
+        except ValueError as error:
+            raise UserError(f"ttt: {error}") from error
+        for block in states.ttt_blocks(lm).values():
+            block.memory.cast_projections(dtype)
+    lm.transformer.checkpointing = args.gradient_checkpointing
+    if lm.depformer is not None:
+        lm.depformer.checkpointing = args.gradient_checkpointing
+    return lm.train(), done

@@ -1,0 +1,113 @@
+"""The folder of a run: whose it is, whether it is finished, and how it is begun."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import yaml
+
+from finetune.args import TrainArgs, load_args
+from moshi_ttt.errors import UserError
+from moshi_ttt.files import written_whole
+
+CONFIG, SUMMARY = "config.yaml", "summary.txt"
+_ADVICE = "choose another run_dir, or --overwrite_run_dir to move it aside"
+_OF_THE_FOLDER = ("run_dir", "overwrite_run_dir")
+"""Keys that do not make another run of it: the folder may be spelled or have been moved."""
+
+
+def run_dir_of(args: TrainArgs) -> Path:
+    """`run_dir` as a path, a leading `~` resolved."""
+    return Path(args.run_dir).expanduser()
+
+
+def finished_summary(run_dir: Path, args: TrainArgs) -> str | None:
+    """The summary of this very run if it is there and finished; None if it may begin.
+
+    Nothing is written.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be made.
+    """
+    _check_can_be_made(run_dir)
+    if not _in_use(run_dir):
+        return None
+    if not (run_dir / CONFIG).is_file():
+        raise UserError(
+            f"run_dir {run_dir} exists and is not a run of ours (it has no {CONFIG}); "
+            "choose another run_dir"
+        )
+    if args.overwrite_run_dir:
+        return None
+    there, here = _flat(load_args(run_dir / CONFIG).to_dict()), _flat(args.to_dict())
+    if differ := [k for k in sorted(here | there) if here.get(k) != there.get(k)]:
+        key = differ[0]
+        raise UserError(
+            f"run_dir {run_dir} holds a run with another config "
+            f"({key}: {there.get(key)!r}, now {here.get(key)!r}); {_ADVICE}"
+        )
+    if not (run_dir / SUMMARY).is_file():
+        raise UserError(f"run_dir {run_dir} holds this run, unfinished; {_ADVICE}")
+    return (run_dir / SUMMARY).read_text()
+
+
+def begin_run_dir(run_dir: Path, args: TrainArgs) -> Path | None:
+    """Make the folder with its config.yaml, whole or not at all.
+
+    Returns:
+        Where an older run was moved to, None if there was none.
+    """
+    aside = None
+    if _in_use(run_dir):
+        run_dir = run_dir.absolute()  # "." has no name to change
+        aside = _free_name(run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+        run_dir.rename(aside)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        values = args.to_dict() | {"overwrite_run_dir": False}
+        with written_whole(run_dir / CONFIG) as beside:
+            beside.write_text(yaml.safe_dump(values, sort_keys=False))
+    except BaseException:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        if aside is not None:
+            aside.rename(run_dir)
+        raise
+    return aside
+
+
+def finish_run_dir(run_dir: Path, summary: str) -> None:
+    """Write the summary, which is what makes a run finished."""
+    with written_whole(run_dir / SUMMARY) as beside:
+        beside.write_text(summary)
+
+
+def _in_use(run_dir: Path) -> bool:
+    return run_dir.exists() and any(run_dir.iterdir())
+
+
+def _check_can_be_made(run_dir: Path) -> None:
+    there = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+    if not there.is_dir():
+        of = "" if there == run_dir else f": {there}"
+        raise UserError(f"run_dir {run_dir}{of} is a file")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"run_dir {run_dir}: {there} is not writable")
+
+
+def _free_name(wanted: Path) -> Path:
+    # two runs moved within one second
+    names = [wanted, *(wanted.with_name(f"{wanted.name}-{n}") for n in range(2, 100))]
+    return next(name for name in names if not name.exists())
+
+
+def _flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
+    out: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{key}.")
+        elif prefix + key not in _OF_THE_FOLDER:
+            out[prefix + key] = value
+    return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,8 @@ class Metrics:
             "dir": str(run_dir),
             "config": args.to_dict(),
         }
+        if "WANDB_INIT_TIMEOUT" not in os.environ:  # wandb's own is 90 s: long to wait for nothing
+            about["settings"] = wandb.Settings(init_timeout=30)
         # None is online, unless the environment has another WANDB_MODE
         modes: list[Mode | None] = ["offline"] if args.wandb.offline else [None, "offline"]
         for mode in modes:
@@ -68,10 +71,10 @@ class Metrics:
         """Show a picture in wandb too."""
         self._mirror(lambda run: run.log({name: wandb.Image(str(path))}, step=step))
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Flush and end."""
         self._file.close()
-        self._mirror(lambda run: run.finish())
+        self._mirror(lambda run: run.finish(exit_code=int(failed)))
 
     def _mirror(self, do: Callable[[Any], object]) -> None:
         if self._wandb is None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
+from safetensors import SafetensorError
+from sentencepiece import SentencePieceProcessor
 
 from finetune.args import TrainArgs
 from finetune.memory_use import check_fits
@@ -96,6 +102,33 @@ def find_base_of(args: TrainArgs) -> Base:
         )
     except HFValidationError as error:
         raise _unreachable(paths.hf_repo_id or "", error) from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"base {paths.hf_repo_id}: Mimi's config is not JSON: {error}") from error
+
+
+def load_codec(base: Base, device: torch.device) -> tuple[MimiModel, SentencePieceProcessor]:
+    """Mimi and the text tokenizer of a base.
+
+    Raises:
+        UserError: a file of theirs is broken.
+    """
+    with _readable(f"base {base.name}: Mimi ({base.info.mimi_weights})"):
+        mimi = base.info.get_mimi(device)
+    with _readable(f"base {base.name}: tokenizer ({base.info.tokenizer})"):
+        tokenizer = base.info.get_text_tokenizer()
+    return mimi, tokenizer
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """A file that cannot be read as what it should be is the user's to mend."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, RuntimeError, KeyError, TypeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{what} cannot be read: {reason or type(error).__name__}") from error
 
 
 def check_lora_file(args: TrainArgs) -> None:
@@ -125,13 +158,15 @@ def build_model(
     """
     bf16 = device.type == "cuda" and args.param_dtype == "bfloat16"
     dtype = torch.bfloat16 if bf16 else torch.float32
-    lm = load_base(base, device=device, dtype=dtype)
+    with _readable(f"base {base.name} ({base.info.moshi_weights})"):
+        lm = load_base(base, device=device, dtype=dtype)
     if args.lora.enable:
         if args.lora.path is None:
             add_lora(lm, args.lora.rank, args.lora.scaling)
         else:
             path = Path(args.lora.path).expanduser()
-            load_lora(lm, path, args.lora.rank, args.lora.scaling)
+            with _readable(f"lora.path {path}"):
+                load_lora(lm, path, args.lora.rank, args.lora.scaling)
     done = None
     if args.ttt is not None:
         try:

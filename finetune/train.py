@@ -26,7 +26,7 @@ from finetune.data.manifest import read_sources
 from finetune.loss import LossWeights
 from finetune.memory_use import check_fits
 from finetune.metrics import Metrics
-from finetune.model import build_model, check_lora_file, check_remote, find_base_of
+from finetune.model import build_model, check_lora_file, check_remote, find_base_of, load_codec
 from finetune.optim import MasterAdamW, inner_lr_scale, parameter_groups, schedule, set_inner_lr
 from finetune.run_dir import begin_run_dir, finish_run_dir, finished_summary, run_dir_of
 from finetune.step import NonFiniteError, StepResult, memory_metrics, train_step
@@ -75,8 +75,7 @@ def train(config: str, **overrides: object) -> None:
     optimizer = MasterAdamW(groups, args.optim.betas)
 
     say("2/5  speech to codes (made once, then re-used)")
-    mimi = base.info.get_mimi(device)
-    tokenizer = base.info.get_text_tokenizer()
+    mimi, tokenizer = load_codec(base, device)
     cache = CodesCache(
         args.data.codes_cache, mimi, load_mimi=base.info.get_mimi, mono_side=args.data.mono_side
     )
@@ -105,8 +104,10 @@ def train(config: str, **overrides: object) -> None:
             say("4/5  evaluation beyond the attention window")
             summary += evaluation.final(lm, run_dir, metrics, args.max_steps)
         say("5/5  done")
-    finally:
-        metrics.close()
+    except BaseException:
+        metrics.close(failed=True)
+        raise
+    metrics.close()
     summary += after.next_steps(run_dir, last)
     finish_run_dir(run_dir, "\n".join(summary) + "\n")
     say("\n".join(summary))

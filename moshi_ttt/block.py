@@ -116,9 +116,13 @@ class HybridSeqModelingBlock(StreamingModule[BlockStreamingState]):
         streaming = self._streaming_state
         assert streaming is not None
         live, mask = streaming.memory, streaming.exec_mask
+        one_frame = x.shape[1] == 1 and not torch.is_grad_enabled()
         if not self.config.persistent_states:
-            update, _ = self.forward(x, self.memory.init_state(x.shape[0]))
-        elif x.shape[1] == 1 and not torch.is_grad_enabled():
+            fresh = self.memory.init_state(x.shape[0])
+            # `forward` reads positions on the host, which a graph that is captured forbids
+            y = self.memory.step(x, fresh) if one_frame else self.memory(x, fresh)[0]
+            update = torch.tanh(self.gate) * y
+        elif one_frame:
             update = torch.tanh(self.gate) * self.memory.step(x, live, exec_mask=mask)
         else:
             lengths = torch.where(mask, x.shape[1], 0)

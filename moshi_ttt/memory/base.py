@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.memory.recompute import recomputed, recomputed_linear
 from moshi_ttt.ops.norm import EPS
+from moshi_ttt.ops.stream import cast, unless_all
 
 
 class MemoryState(NamedTuple):
@@ -154,18 +155,28 @@ class Memory(nn.Module):
         Returns:
             `[B, 1, width]` in the dtype of `x`.
         """
-        dtype, width = state.conv.dtype, self.width
-        qkv = F.linear(x, self.qkv_proj.weight.to(x.dtype)).to(dtype)
-        qk, v = qkv.split([2 * width, width], -1)
-        frames = torch.cat([state.conv, qk], 1)
-        q, k = self._convolve(frames, self.conv_weight, self.conv_bias)
-        eta = self._eta(x, dtype)
-        o = self.op.step(self.params(), state.fast, q, k, self._heads(v), eta, exec_mask)
+        dtype, width, H = state.conv.dtype, self.width, self.num_heads
+        B, exec_mask = x.shape[0], unless_all(exec_mask)
+        x = x[:, 0]
+        qkv = cast(F.linear(x, cast(self.qkv_proj.weight, x.dtype)), dtype)
+        qkv = qkv.view(B, 1, 3 * width)
+        frames = torch.cat([state.conv, qkv[..., : 2 * width]], 1)
+        v = qkv[..., 2 * width :].view(B, H, 1, -1)
+        y = (frames * cast(self.conv_weight, dtype).mT).sum(1).add_(cast(self.conv_bias, dtype))
+        y = y.view(B, 2, H, 1, -1)
+        y.div_(torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(EPS))
+        q, k = y.unbind(1)
+        gate = F.linear(cast(x, dtype), cast(self.lr_weight, dtype), cast(self.lr_bias, dtype))
+        eta = gate.sigmoid_().mul_(self._rate()).unsqueeze(-1)
+        o = self.op.step(self.params(), state.fast, q, k, v, eta, exec_mask)
         conv = frames[:, 1:]
         if exec_mask is not None:
             conv = torch.where(exec_mask.view(-1, 1, 1), conv, state.conv)
         state.conv.copy_(conv)
-        return F.linear(self._normed(x.dtype, o, self.out_scale), self.o_proj.weight.to(x.dtype))
+        o = o.squeeze(2)
+        rms = (o * o).mean(-1, keepdim=True).add_(EPS).rsqrt_()
+        o = (o * rms).mul_(cast(self.out_scale, dtype)).view(B, width)
+        return F.linear(cast(o, x.dtype), cast(self.o_proj.weight, x.dtype)).unsqueeze(1)
 
     @torch.no_grad()
     def reset_state(self, state: MemoryState, mask: Tensor) -> None:
@@ -201,11 +212,8 @@ class Memory(nn.Module):
         """`[B, conv_width - 1 + T, 2 * width]` -> normalised q and k, `[B, H, T, D]` each."""
         T = frames.shape[1] - taps.shape[1] + 1
         y, taps = bias.to(frames.dtype), taps.to(frames.dtype)
-        if T == 1:
-            y = (frames * taps.mT).sum(1, keepdim=True) + y
-        else:
-            for j in range(taps.shape[1]):
-                y = torch.addcmul(y, frames[:, j : j + T], taps[:, j])
+        for j in range(taps.shape[1]):
+            y = torch.addcmul(y, frames[:, j : j + T], taps[:, j])
         y = F.normalize(y.unflatten(-1, (2, self.num_heads, -1)), dim=-1, eps=EPS)
         q, k = y.permute(2, 0, 3, 1, 4).unbind(0)
         return q, k
@@ -213,7 +221,11 @@ class Memory(nn.Module):
     def _eta(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Inner learning rates `[B, H, T]`."""
         gate = F.linear(x.to(dtype), self.lr_weight.to(dtype), self.lr_bias.to(dtype))
-        return torch.sigmoid(gate).mT * (self.base_lr * self.lr_scale / self.head_dim)
+        return torch.sigmoid(gate).mT * self._rate()
+
+    def _rate(self) -> float:
+        """What the inner learning rate is without its gate."""
+        return self.base_lr * self.lr_scale / self.head_dim
 
     def _normed(self, dtype: torch.dtype, o: Tensor, scale: Tensor) -> Tensor:
         """`scale * o / sqrt(mean(o^2) + eps)` per head: `[B, H, T, D]` -> `[B, T, width]`."""

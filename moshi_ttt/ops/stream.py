@@ -17,7 +17,11 @@ import torch
 from torch import Tensor
 
 from moshi_ttt.ops.grid import position_scale
-from moshi_ttt.ops.norm import gelu, gelu_pull, inner_gradient, normalise
+from moshi_ttt.ops.norm import gelu, gelu_pull, normalise, pull
+
+
+_ONE = torch.ones(())
+"""On the host, wherever the state is: an op takes it faster than a Python number."""
 
 
 class Fast(NamedTuple):
@@ -74,73 +78,82 @@ def advance(
         Outputs `[B, H, 1, D]`, in the state's dtype.
     """
     dtype, (B, H, _, D) = fast.W[0].dtype, q.shape
-    q, k, v = (x.to(dtype).reshape(B * H, 1, D) for x in (q, k, v))
-    eta = eta.to(dtype).reshape(B * H, 1, 1)
-    gamma, beta = (_rows(x.to(dtype), B).unsqueeze(1) for x in slow[:2])
-    delta = slow.delta.to(dtype)
-    t = _together(fast.pos, delta.shape[0], exec_mask)
+    q, k, v = (cast(x, dtype).reshape(B * H, 1, D) for x in (q, k, v))
+    eta = cast(eta, dtype).reshape(B * H, 1, 1)
+    gamma, beta = (_rows(cast(x, dtype), B).unsqueeze(1) for x in slow[:2])
+    delta = cast(slow.delta, dtype)
+    exec_mask = unless_all(exec_mask)
+    t = _together(fast.pos, delta.shape[0]) if exec_mask is None else None
     place = _Masked(fast.pos, delta, exec_mask, H) if t is None else _Sliced(t, delta)
 
-    z, zq = torch.baddbmm(fast.b[0], torch.cat([k, q], 1), fast.W[0]).split(1, 1)
-    X, Z = [k], [z]
+    X, Z = [k], [torch.baddbmm(fast.b[0], k, fast.W[0])]
     for W, b in zip(fast.W[1:], fast.b[1:], strict=True):
         X.append(gelu(Z[-1]))
         Z.append(torch.baddbmm(b, X[-1], W))
-    g, _ = inner_gradient(normalise(Z[-1]), gamma * gamma, gamma * (beta - v + k))
-    G = [g * eta]
+    n = normalise(Z[-1])
+    G = [pull(torch.addcmul((k - v).add_(beta), gamma, n.xh).mul_(gamma), n).mul_(eta)]
     for W, z in zip(fast.W[:0:-1], Z[-2::-1], strict=True):
         G.insert(0, gelu_pull(torch.bmm(G[0], W.mT), z))
     for buffer, row in zip((*fast.X, *fast.G), (*X, *G), strict=True):
         place.put(buffer, row)
-    x = q
+    x = zq = q
     for l, (W, b) in enumerate(zip(fast.W, fast.b, strict=True)):
         if l:
             x = gelu(zq)
-            zq = torch.baddbmm(b, x, W)
-        zq = place.read(zq, x, fast.X[l], fast.G[l])
+        zq = place.read(torch.baddbmm(b, x, W), x, fast.X[l], fast.G[l])
     if place.at_boundary():
         _write(slow, fast, place, B)
-    fast.pos.add_(1 if exec_mask is None else exec_mask.to(fast.pos))
+    fast.pos.add_(1 if exec_mask is None else exec_mask)
     return torch.addcmul(q + beta, gamma, normalise(zq).xh).view(B, H, 1, D)
+
+
+def unless_all(exec_mask: Tensor | None) -> Tensor | None:
+    """`exec_mask`, or None where it may be asked (on the CPU) and is all true."""
+    if exec_mask is None or (exec_mask.is_cpu and all(exec_mask.tolist())):
+        return None
+    return exec_mask
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, cheaper where nothing is to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _rows(x: Tensor, B: int) -> Tensor:
     """`[H, ...]` -> `[B * H, ...]`."""
-    return x.expand(B, *x.shape).flatten(0, 1)
+    return x if B == 1 else x.expand(B, *x.shape).flatten(0, 1)
 
 
-def _together(pos: Tensor, C: int, exec_mask: Tensor | None) -> int | None:
+def _together(pos: Tensor, C: int) -> int | None:
     """The place in the chunk that all rows share, where it may be asked (on the CPU)."""
-    if pos.device.type != "cpu" or not (exec_mask is None or exec_mask.all()):
+    if not pos.is_cpu:
         return None
-    places = {p % C for p in pos.tolist()}
-    return places.pop() if len(places) == 1 else None
+    first, *others = pos.tolist()
+    t = first % C
+    return t if all(p % C == t for p in others) else None
 
 
 class _Sliced:
     """All rows at place t."""
 
-    scale = None
-
     def __init__(self, t: int, delta: Tensor) -> None:
-        self.t, self.C = t, delta.shape[0]
         values = delta.tolist()
-        self.tau, self.rate = (max(0.0, 1 / (i + 1) + values[i]) for i in (t, self.C - 1))
+        self.t, self.C = t, len(values)
+        self.tau = max(0.0, 1 / (t + 1) + values[t])
 
     def put(self, buffer: Tensor, row: Tensor) -> None:
-        buffer[:, self.t] = row[:, 0]
+        buffer.narrow(1, self.t, 1).copy_(row)
 
     def read(self, z: Tensor, x: Tensor, X: Tensor, G: Tensor) -> Tensor:
-        end = self.t + 1
-        a = torch.bmm(x, X[:, :end].mT).add_(1)
-        return torch.baddbmm(z, a, G[:, :end], alpha=-self.tau)
+        a = torch.bmm(x, X.narrow(1, 0, self.t + 1).mT).add_(_ONE)
+        return z.baddbmm_(a, G.narrow(1, 0, self.t + 1), alpha=-self.tau)
 
     def at_boundary(self) -> bool:
         return self.t == self.C - 1
 
     def write(self, W: Tensor, b: Tensor, X: Tensor, G: Tensor) -> None:
-        W.baddbmm_(X.mT, G, alpha=-self.rate)
-        b.sub_(G.sum(1, keepdim=True), alpha=self.rate)
+        W.baddbmm_(X.mT, G, alpha=-self.tau)
+        b.sub_(G.sum(1, keepdim=True), alpha=self.tau)
 
     def pull(self, decay: Tensor) -> Tensor:
         return decay
@@ -173,10 +186,10 @@ class _Masked:
 
     def read(self, z: Tensor, x: Tensor, X: Tensor, G: Tensor) -> Tensor:
         a = torch.where(self.before.mT, (torch.bmm(x, X.mT) + 1) * self.tau, 0)
-        return torch.baddbmm(z, a, torch.where(self.before, G, 0), alpha=-1)
+        return z.baddbmm_(a, torch.where(self.before, G, 0), alpha=-1)
 
     def at_boundary(self) -> bool:
-        return self.done.is_cuda or bool(self.done.any())
+        return self.done.device.type != "cpu" or bool(self.done.any())
 
     def write(self, W: Tensor, b: Tensor, X: Tensor, G: Tensor) -> None:
         G = torch.where(self.done, G, 0) * self.rate

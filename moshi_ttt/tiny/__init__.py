@@ -1,11 +1,11 @@
-"""The embedded default: speech, codec, tokenizer and an untrained tiny Moshi, all from seeds."""
+"""The embedded default: speech, codec, tokenizer and a tiny Moshi, all from seeds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from .model import build_base, checkpoint_info, load_codec
+from .model import BASE_WEIGHTS, build_base, checkpoint_info, load_codec
 from .plan import CorpusSpec
 from .speech import make_corpus
 
@@ -19,7 +19,7 @@ class TinyPaths:
         eval: manifest of a few held-out ones, for evaluation during training.
         heldout: manifest of the held-out readings.
         librilight: the same readings' root in Libri-Light's layout.
-        base: folder of the untrained base (config.json, model.safetensors, codec, tokenizer).
+        base: folder of the trained base (config.json, model.safetensors, codec, tokenizer).
     """
 
     train: Path
@@ -30,14 +30,13 @@ class TinyPaths:
 
 
 def ensure(
-    root: str | Path = "data/tiny", spec: CorpusSpec | None = None, seed: int = 0, workers: int = 2
+    root: str | Path = "data/tiny", spec: CorpusSpec | None = None, workers: int = 2
 ) -> TinyPaths:
     """Make what is missing of the embedded default under `root` and say where it is.
 
     Args:
         root: `ROOT/speech` and `ROOT/base` are made.
         spec: of the corpus.
-        seed: of the base's weights.
         workers: processes that speak.
 
     Raises:
@@ -45,10 +44,9 @@ def ensure(
     """
     root = Path(root)
     corpus = make_corpus(root / "speech", spec, workers)
-    base = (root / "base").absolute()
-    if not (base / "config.json").exists():  # written last
-        build_base(base, seed)
-    return TinyPaths(**corpus, base=base)
+    base = build_base(root / "base", weights=BASE_WEIGHTS)
+    found = {k: corpus[k] for k in ("train", "eval", "heldout", "librilight")}
+    return TinyPaths(**found, base=base)
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The tiny base: a folder that `CheckpointInfo.from_hf_repo` loads as it loads the 7B."""
+"""A tiny base: a folder that `CheckpointInfo.from_hf_repo` loads as it loads the 7B."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 os.environ.setdefault("NO_TORCH_COMPILE", "1")  # moshi reads it when imported
 
 import json
-import shutil
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,11 @@ import sentencepiece
 import torch
 from moshi.models.compression import MimiModel
 from moshi.models.loaders import CheckpointInfo, get_mimi, get_moshi_lm
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save
 
 ASSETS = Path(str(files("moshi_ttt.tiny") / "assets"))
+BASE_WEIGHTS = ASSETS / "base.safetensors"
+"""What `finetune.train configs/tiny_base.yaml` made of an untrained base, in float16."""
 CODEC_FILES = ("mimi.safetensors", "mimi_config.json", "tokenizer.model")
 
 
@@ -66,16 +67,19 @@ def base_config(
     }
 
 
-def build_base(out_dir: str | Path, seed: int = 0, **sizes: int) -> Path:
-    """Write an untrained tiny Moshi beside the shipped codec and tokenizer.
+def build_base(
+    out_dir: str | Path, seed: int = 0, weights: Path | None = None, **sizes: int
+) -> Path:
+    """Write a tiny Moshi beside the shipped codec and tokenizer, unless it is there.
 
-    Files: config.json, model.safetensors (float32, from the seed), mimi.safetensors,
-    mimi_config.json, tokenizer.model. config.json names them by absolute `file://`, which moshi
-    needs to stay off the network; after moving the folder, load it with `checkpoint_info`.
+    Files: config.json, model.safetensors (float32), mimi.safetensors, mimi_config.json,
+    tokenizer.model. config.json names them by absolute `file://`, which moshi needs to stay off
+    the network; after moving the folder, load it with `checkpoint_info`.
 
     Args:
-        out_dir: folder, made if missing; files in it are replaced.
-        seed: of the weights.
+        out_dir: folder, made if missing; files in it that differ are replaced.
+        seed: of the weights of an untrained base.
+        weights: trained ones; None is an untrained base.
         sizes: `dim`, `layers`, `context` of `base_config`.
 
     Returns:
@@ -84,22 +88,35 @@ def build_base(out_dir: str | Path, seed: int = 0, **sizes: int) -> Path:
     out = Path(out_dir).absolute()
     out.mkdir(parents=True, exist_ok=True)
     for name in CODEC_FILES:
-        shutil.copyfile(ASSETS / name, out / name)
+        _write(out / name, (ASSETS / name).read_bytes())
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
     card = json.loads((out / "mimi_config.json").read_text())["quantizer"]["bins"]
     config = base_config(tokenizer.vocab_size(), card, **sizes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        lm = get_moshi_lm(None, lm_kwargs=config, dtype=torch.float32)
-    save_file({k: v.contiguous() for k, v in lm.state_dict().items()}, out / "model.safetensors")
+    if weights is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            state = get_moshi_lm(None, lm_kwargs=config, dtype=torch.float32).state_dict()
+    else:
+        state = load_file(weights)
+    moshi_weights = save({k: v.float().contiguous() for k, v in state.items()})
     names = {
         "moshi_name": f"file://{out / 'model.safetensors'}",
         "mimi_name": f"file://{out / 'mimi.safetensors'}",
         "mimi_config_name": f"file://{out / 'mimi_config.json'}",
         "tokenizer_name": f"file://{out / 'tokenizer.model'}",
     }
-    (out / "config.json").write_text(json.dumps(config | names, indent=1) + "\n")
+    _write(out / "model.safetensors", moshi_weights)
+    _write(out / "config.json", (json.dumps(config | names, indent=1) + "\n").encode())
     return out
+
+
+def _write(path: Path, content: bytes) -> None:
+    # A file that is right stays as it is: another process may have it open.
+    if path.is_file() and path.read_bytes() == content:
+        return
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_bytes(content)
+    os.replace(draft, path)
 
 
 def checkpoint_info(folder: str | Path) -> CheckpointInfo:

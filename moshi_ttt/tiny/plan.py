@@ -17,7 +17,7 @@ from itertools import islice
 from .text import FIXED_WORDS, SMALL_TALK, Lexicon, make_lexicon
 from .voice import Voice, voices
 
-VERSION = 1
+VERSION = 2
 """Raised when the same spec means other bytes."""
 
 
@@ -27,6 +27,8 @@ class CorpusSpec:
 
     Attributes:
         hours: of training audio (a stereo hour is one hour).
+        base_hours: of further audio, other voices and content, to train a base on: one that
+            knew the recordings of the finetuning by heart would leave nothing to remember.
         dialogue_share: part of the training recordings that are stereo dialogues.
         train_seconds: shortest and longest training recording.
         heldout_readings: recordings in Libri-Light's layout, each a voice of its own.
@@ -38,8 +40,9 @@ class CorpusSpec:
     """
 
     hours: float = 5.0
+    base_hours: float = 0.0
     dialogue_share: float = 0.25
-    train_seconds: tuple[int, int] = (120, 240)
+    train_seconds: tuple[int, int] = (120, 160)
     heldout_readings: int = 24
     heldout_seconds: int = 176
     eval_readings: int = 4
@@ -69,7 +72,7 @@ class Recording:
     """One recording to be spoken.
 
     Attributes:
-        split: `"train"`, `"eval"` or `"heldout"`.
+        split: `"train"`, `"base"`, `"eval"` or `"heldout"`.
         stem: file name without its ending, unique in the corpus.
         voices: one for a reading, two (Moshi, user) for a dialogue.
         lexicon: its private phrases.
@@ -96,10 +99,12 @@ def plan_corpus(spec: CorpusSpec) -> list[Recording]:
     train = iter(voices("train", None))
 
     def add(split: str, kind: str, index: int, seconds: float) -> None:
-        cast = train if split == "train" else heldout
+        cast = train if split in ("train", "base") else heldout
         spoken = tuple(islice(cast, 2 if kind == "dialogue" else 1))
         if not spoken or (kind == "dialogue" and len(spoken) < 2):
-            raise ValueError(f"hours={spec.hours} needs more voices than there are")
+            raise ValueError(
+                f"hours={spec.hours} + {spec.base_hours} needs more voices than there are"
+            )
         lexicon = make_lexicon(rng, rng.randint(6, 12), taken)
         stem = f"{split}_{kind}_{index:04d}"
         frames = int(seconds * 12.5)
@@ -111,16 +116,17 @@ def plan_corpus(spec: CorpusSpec) -> list[Recording]:
         add("eval", "reading", i, spec.eval_seconds)
     for i in range(spec.eval_dialogues):
         add("eval", "dialogue", i, spec.eval_seconds)
-    left, index, dialogues = spec.hours * 3600, 0, 0.0
     low, high = spec.train_seconds
-    while left > 0:
-        seconds = min(rng.uniform(low, high), max(left, low))
-        dialogues += spec.dialogue_share
-        kind = "dialogue" if dialogues >= 1 else "reading"
-        dialogues -= kind == "dialogue"
-        add("train", kind, index, seconds)
-        left -= seconds
-        index += 1
+    for split, hours in (("train", spec.hours), ("base", spec.base_hours)):
+        left, index, dialogues = hours * 3600, 0, 0.0
+        while left > 0:
+            seconds = min(rng.uniform(low, high), max(left, low))
+            dialogues += spec.dialogue_share
+            kind = "dialogue" if dialogues >= 1 else "reading"
+            dialogues -= kind == "dialogue"
+            add(split, kind, index, seconds)
+            left -= seconds
+            index += 1
     return made
 
 

@@ -8,8 +8,9 @@ choice: real speech never repeats itself so exactly, and gains measured here are
 
 Layout under the root:
 
-    train.jsonl  eval.jsonl  heldout.jsonl      {"path": relative, "duration": seconds}
-    train/ eval/                                STEM.wav, 24 kHz, mono or stereo (left Moshi, right
+    SPLIT.jsonl                                 {"path": relative, "duration": seconds}; splits are
+                                                train, base, eval, heldout
+    train/ base/ eval/                          STEM.wav, 24 kHz, mono or stereo (left Moshi, right
                                                 user), and STEM.json with "alignments"
     librilight/small/SPEAKER/BOOK/STEM.flac     held-out readings, 16 kHz mono, and STEM.json with
                                                 Libri-Light's keys and "alignments"
@@ -37,6 +38,7 @@ from .mel import FRAME
 from .plan import CorpusSpec, Line, Recording, plan_corpus, script
 from .voice import NARROW_RATE, SAMPLE_RATE, Clip, speak
 
+SPLITS = ("train", "base", "eval", "heldout")
 SPEAKERS = ("SPEAKER_MAIN", "SPEAKER_OTHER")
 Alignment = list[Any]
 """`[word, [start, end], speaker]`, seconds from the recording's first sample."""
@@ -159,14 +161,14 @@ def make_corpus(
         workers: processes.
 
     Returns:
-        `train`, `eval`, `heldout`: manifests; `librilight`: the held-out readings' root.
+        `train`, `base`, `eval`, `heldout`: manifests; `librilight`: the held-out readings' root.
 
     Raises:
         ValueError: `root` holds a corpus of another spec or version.
     """
     root, spec = Path(root), spec or CorpusSpec()
     marker, digest = root / "corpus.json", spec.digest()
-    found = {split: root / f"{split}.jsonl" for split in ("train", "eval", "heldout")}
+    found = {split: root / f"{split}.jsonl" for split in SPLITS}
     found["librilight"] = root / "librilight"
     if marker.exists():
         state = json.loads(marker.read_text())
@@ -184,7 +186,7 @@ def make_corpus(
     with tqdm(total=total + 1e-6, desc="speaking", bar_format=form, mininterval=1) as bar:
         for seconds in _write_all(plan, root, workers):
             bar.update(seconds / 60)
-    for split in ("train", "eval", "heldout"):
+    for split in SPLITS:
         lines = [
             json.dumps({"path": str(_audio_path(r)), "duration": r.frames * FRAME / SAMPLE_RATE})
             for r in plan

@@ -5,6 +5,8 @@ import io
 import pytest
 import sentencepiece
 
+from tests.finetune.small_run import World
+
 
 @pytest.fixture(scope="session")
 def tokenizer():
@@ -22,3 +24,8 @@ def tokenizer():
         minloglevel=9,
     )
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    return World(tmp_path_factory.mktemp("world"))

@@ -1,0 +1,368 @@
+"""The trainer from config to checkpoint, on a small base and a few seconds of sound."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from moshi.models.loaders import CheckpointInfo
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import finetune.train
+from finetune import after
+from moshi_ttt.checkpoint import find_base, load, load_base
+from moshi_ttt.errors import UserError
+from moshi_ttt.hybrid import HybridLMModel
+from tests.finetune.small_run import checkpoint, lines, weights
+from tests.test_hybrid import codes_for
+
+MEMORY_ONLY = {"lora__enable": False}
+LORA_ONLY = {"ttt": "none"}
+FULL = {"lora__enable": False, "full_finetuning": True}
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The model that the trainer built, and its weights before the first step."""
+    out, build = {}, finetune.train.build_model
+
+    def watched(*args):
+        lm, done = build(*args)
+        out["lm"], out["before"] = lm, {k: v.clone() for k, v in lm.state_dict().items()}
+        return lm, done
+
+    monkeypatch.setattr(finetune.train, "build_model", watched)
+    return out
+
+
+def changed(seen):
+    after = seen["lm"].state_dict()
+    return {k for k, v in seen["before"].items() if not torch.equal(v, after[k])}
+
+
+def logits(lm):
+    with torch.no_grad():
+        out = lm.eval()(codes_for(lm, 2, 25))
+    return torch.cat([out.text_logits.flatten(), out.logits[out.mask].flatten()])
+
+
+# -- what is trained and saved ---------------------------------------------------------------------
+
+
+def is_memory(key):
+    return ".seq_modeling_block." in key
+
+
+def is_lora(key):
+    return ".lora_A." in key or ".lora_B." in key
+
+
+def embeddings(lm):
+    return {f"{n}.weight" for n, m in lm.named_modules() if isinstance(m, nn.Embedding)}
+
+
+def is_base(key):
+    return not is_memory(key) and not is_lora(key)
+
+
+MODES = {
+    "lora+memory": ({}, {"lora", "ttt"}),
+    "lora": (LORA_ONLY, {"lora"}),
+    "memory": (MEMORY_ONLY, {"ttt"}),
+    "embeddings": ({"lora__ft_embed": True}, {"lora", "ttt"}),
+    "merged": ({"save_adapters": False}, {"consolidated", "ttt"}),
+    "merged lora": ({**LORA_ONLY, "save_adapters": False}, {"consolidated"}),
+    "full": ({**FULL, **LORA_ONLY}, {"consolidated"}),
+    "full+memory": (FULL, {"consolidated", "ttt"}),
+    "linear": ({"ttt__memory": "ttt_linear", "ttt__placement": "after_attention"}, {"lora", "ttt"}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_mode_trains_and_saves_what_it_says(world, tmp_path, seen, mode):
+    overrides, files = MODES[mode]
+    run = world.run(tmp_path / "run", **overrides)
+    lm, moved = seen["lm"], changed(seen)
+    keys = set(seen["before"])
+    frozen = {k for k in keys if is_base(k)}
+    if mode == "embeddings":
+        frozen -= embeddings(lm)
+        assert len(embeddings(lm) & moved) > 20
+    if mode.startswith("full"):
+        frozen = set()
+    assert not moved & frozen
+    # A of LoRA and W0 behind a gate of 0 have no gradient at the first step, at the second they do
+    unmoved = keys - frozen - moved
+    assert not {k for k in unmoved if not k.endswith(("delta", "decay_logit", ".alpha"))}, unmoved
+    assert {k for k in moved if is_memory(k)} or "ttt" not in files
+    assert {k for k in moved if is_lora(k)} or mode.startswith(("memory", "full"))
+
+    folder = checkpoint(run)
+    wanted = {f"{f}.safetensors" for f in files} | {"config.json", "ttt.json"}
+    assert {p.name for p in folder.iterdir()} == wanted
+    about = json.loads((folder / "ttt.json").read_text())
+    assert about["step"] == 2
+    assert about["segment_frames"] == 15
+    got = load(folder)
+    assert isinstance(got.lm, HybridLMModel) == ("ttt" in files)
+    difference = (logits(got.lm) - logits(lm)).abs().max()
+    assert difference < 1e-4 if mode.startswith("merged") else difference == 0
+    assert not torch.equal(logits(got.lm), logits(load_base(got.base, dtype=torch.float32)))
+
+
+@pytest.mark.parametrize("manifest", ["stereo", "mono"])
+@pytest.mark.parametrize("side", ["moshi", "user"])
+def test_stereo_and_mono_with_words_and_without(world, tmp_path, manifest, side):
+    run = world.run(
+        tmp_path / "run", data__train_data=str(world / f"{manifest}.jsonl"), data__mono_side=side
+    )
+    found = lines(run)
+    assert len(found) == 2
+    for line in found:
+        assert math.isfinite(line["loss"])
+        assert math.isfinite(line["nll_codebook0"])
+        assert (line["nll_text"] is None) == (manifest == "mono")
+    assert all(t.isfinite().all() for t in weights(run).values())
+
+
+def test_from_a_lora_file_of_moshi_finetune(world, tmp_path, seen):
+    """Its files: A and B of every Linear in bfloat16, under moshi's names, and a config.json."""
+    first = world.run(tmp_path / "first", **LORA_ONLY)
+    theirs = {
+        k: v.to(torch.bfloat16)
+        for k, v in load_file(checkpoint(first) / "lora.safetensors").items()
+    }
+    save_file(theirs, tmp_path / "lora.safetensors")
+    world.run(tmp_path / "second", lora__path=str(tmp_path / "lora.safetensors"))
+    for key, value in theirs.items():
+        assert torch.equal(seen["before"][key], value.float()), key
+    assert any(is_lora(k) for k in changed(seen))
+    with pytest.raises(UserError, match=r"lora\.path .*nowhere.* does not exist"):
+        world.run(tmp_path / "third", lora__path=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"lora\.path is .* but lora\.enable is false"):
+        world.run(tmp_path / "third", lora__path="x", **MEMORY_ONLY)
+    (tmp_path / "junk").write_text("junk")
+    with pytest.raises(UserError, match=r"lora\.path .*junk cannot be read"):
+        world.run(tmp_path / "third", lora__path=str(tmp_path / "junk"))
+    assert not (tmp_path / "third").exists()
+
+
+def test_stock_moshi_loads_what_was_trained(world, tmp_path, seen):
+    folder = checkpoint(world.run(tmp_path / "run", **LORA_ONLY))
+    info = CheckpointInfo.from_hf_repo(
+        "not/used", config_path=folder / "config.json", lora_weights=folder / "lora.safetensors"
+    )
+    stock = info.get_moshi(dtype=torch.float32, fuse_lora=False)
+    assert torch.equal(logits(stock), logits(seen["lm"]))
+
+
+def test_checkpoints_by_frequency_the_newest_are_kept(world, tmp_path):
+    run = world.run(tmp_path / "a", max_steps=5, ckpt_freq=1, num_ckpt_keep=2)
+    there = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert there == ["checkpoint_000004", "checkpoint_000005"]
+    run = world.run(tmp_path / "b", max_steps=5, ckpt_freq=2, num_ckpt_keep="none")
+    there = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert there == ["checkpoint_000002", "checkpoint_000004", "checkpoint_000005"]
+    run = world.run(tmp_path / "c", do_ckpt=False)
+    assert not (run / "checkpoints").exists()
+    assert "checkpoint" not in (run / "summary.txt").read_text()
+
+
+# -- evaluation leaves no trace --------------------------------------------------------------------
+
+EVAL = {"do_eval": True, "eval_freq": 1, "max_steps": 3, "data__shuffle": True}
+
+
+@pytest.mark.parametrize("mode", [{}, LORA_ONLY, {"gradient_checkpointing": True}],
+                         ids=["memory", "lora", "checkpointing"])  # fmt: skip
+def test_evaluation_during_training_changes_nothing(world, tmp_path, monkeypatch, mode):
+    lanes = []
+    during = after.Evaluation.during
+
+    def watched(self, lm, metrics, step):
+        def held():
+            return [x._lanes for x in lm.modules() if type(x).__name__ == "HybridSeqModelingBlock"]
+
+        before = [(x.batch_size, x.fresh.clone(), x.state.conv.clone()) for x in held()]
+        rng = torch.get_rng_state()
+        during(self, lm, metrics, step)
+        for (size, fresh, conv), now in zip(before, held(), strict=True):
+            assert size == now.batch_size
+            assert torch.equal(fresh, now.fresh)
+            assert torch.equal(conv, now.state.conv)
+        assert torch.equal(rng, torch.get_rng_state())
+        assert lm.training
+        lanes.append(len(before))
+
+    monkeypatch.setattr(after.Evaluation, "during", watched)
+    off = world.run(tmp_path / "off", **EVAL | mode | {"do_eval": False})
+    assert not lanes
+    panel = {"eval__librilight_data": str(world / "panel.jsonl")}
+    on = world.run(tmp_path / "on", **EVAL | mode | panel)
+    assert lanes == [0 if mode is LORA_ONLY else 2] * 3
+    want, got = weights(off), weights(on)
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[k], got[k]) for k in want)
+    start = world.run(tmp_path / "start", **EVAL | mode | {"do_eval": False, "max_steps": 2})
+    assert not all(torch.equal(want[k], v) for k, v in weights(start).items())
+    assert [line["step"] for line in lines(on, "held_out")] == [1, 2, 3]
+    assert [line["step"] for line in lines(on, "librilight")] == [1, 2, 3]
+    found = [line["nll_codebook0"] for line in lines(on, "held_out")]
+    assert len(set(found)) == 3  # the model that is scored is the one that trains
+    assert all(line["nll_text"] is None for line in lines(on, "librilight"))
+    assert all(line["nll_text"] > 0 for line in lines(on, "held_out"))
+    without = {"seconds", "tokens_per_second", "peak_memory"}
+    for one, two in zip(lines(off), lines(on), strict=True):
+        assert {k: one[k] for k in one.keys() - without} == {
+            k: two[k] for k in two.keys() - without
+        }
+
+
+def test_without_a_frequency_held_out_data_are_scored_at_the_end(world, tmp_path):
+    run = world.run(tmp_path / "run", do_eval=True, eval_freq=0)
+    assert [line["step"] for line in lines(run, "held_out")] == [2]
+
+
+def test_what_is_scored_is_what_is_saved(world, tmp_path, monkeypatch):
+    """The inner learning rate is still warming up when these two steps end."""
+    found = []
+    final = after.Evaluation.final
+
+    def watched(self, lm, *args):
+        lm_logits = logits(lm)
+        found.append((lm_logits, logits(load(checkpoint(tmp_path / "run")).lm)))
+        return final(self, lm, *args)
+
+    monkeypatch.setattr(after.Evaluation, "final", watched)
+    overrides = {"optim__pct_start": 0.9, "eval__eval_after_training": True, "max_steps": 3}
+    run = world.run(tmp_path / "run", **overrides)
+    assert torch.equal(*found[0])
+    arms = {k for line in lines(run, "final") for k in line}
+    assert {"base", "kept", "reset"} <= {k.split("_")[0] for k in arms}
+    assert (run / "eval" / "results.json").is_file()
+    assert (run / "curves.png").is_file()
+    assert "picture" in (run / "summary.txt").read_text()
+
+
+def test_a_panel_that_is_too_short_or_not_there(world, tmp_path):
+    key = {"do_eval": True, "eval__librilight_data": str(world / "eval.jsonl")}
+    message = r"eval\.librilight_data .* four attention windows, 6\.4 s; the longest .* 5\.0 s"
+    with pytest.raises(UserError, match=message):
+        world.run(tmp_path / "run", **key)
+    with pytest.raises(UserError, match=r"eval\.librilight_data: nowhere"):
+        world.run(tmp_path / "run", **key | {"eval__librilight_data": "nowhere"})
+    assert not (tmp_path / "run").exists()
+
+
+# -- the run itself --------------------------------------------------------------------------------
+
+
+def test_metrics_and_what_is_said(world, tmp_path, capsys):
+    run = world.run(tmp_path / "run", max_steps=4, log_freq=2, num_microbatches=2)
+    found = lines(run)
+    assert [line["step"] for line in found] == [2, 4]
+    names = {
+        "kind", "step", "seconds", "loss", "nll_text", "nll_codebook0", "nll_codebooks1_7",
+        "grad_norm", "lr", "tokens_per_second", "peak_memory", "gate_mean", "gate_abs_mean",
+        "gate_std", "state_norm", "state_moved",
+    }  # fmt: skip
+    for line in found:
+        assert line.keys() == names
+        assert all(math.isfinite(v) for k, v in line.items() if k != "kind")
+        assert line["state_moved"] > 1e-3
+        assert line["gate_std"] > 0
+        assert line["peak_memory"] > 1e8
+        assert line["tokens_per_second"] > 0
+        mean = line["nll_codebook0"] + 7 * line["nll_codebooks1_7"]
+        assert 0 < line["loss"] - mean / 8 < 2 * line["nll_text"]
+    said = capsys.readouterr().out
+    assert "ttt_mlp in layers [0, 1]" in said
+    assert "lora " in said
+    assert str(run) in said
+    summary = (run / "summary.txt").read_text()
+    assert summary in said
+    assert str(checkpoint(run)) in summary
+
+
+def test_a_run_is_its_seed(world, tmp_path):
+    one, two = (world.run(tmp_path / n, seed=s) for n, s in (("a", 3), ("b", 3)))
+    other = world.run(tmp_path / "c", seed=4)
+    want = weights(one)
+    assert all(torch.equal(v, want[k]) for k, v in weights(two).items())
+    assert not all(torch.equal(v, want[k]) for k, v in weights(other).items())
+
+
+def test_gradient_checkpointing_trains_the_same(world, tmp_path):
+    found = [
+        weights(world.run(tmp_path / str(on), gradient_checkpointing=on)) for on in (False, True)
+    ]
+    assert found[0].keys() == found[1].keys()
+    for key, value in found[0].items():
+        assert (found[1][key] - value).abs().max() < 1e-5, key
+
+
+def test_a_rate_that_is_too_high_saves_nothing(world, tmp_path):
+    """Step 1 is fine, its update is not: the next loss says so, or the check before saving."""
+    wild = {"optim__lr": 1e30, "optim__schedule": "cosine", "ckpt_freq": 2}
+    message = r"step 2: loss is nan on .*\.wav from \d\.\d s, .*: lower the learning rate"
+    with pytest.raises(UserError, match=message):
+        world.run(tmp_path / "a", max_steps=3, **wild)
+    with pytest.raises(UserError, match="step 1: weights are not finite, not saved"):
+        world.run(tmp_path / "b", max_steps=1, **wild | {"optim__lr": 3e38})
+    with pytest.raises(UserError, match=r"step 1, held_out: .*held_out\.wav.*: lower"):
+        world.run(tmp_path / "c", max_steps=2, **wild | {"do_eval": True, "eval_freq": 1})
+    for name in "abc":
+        assert not (tmp_path / name / "checkpoints").exists()
+        assert not (tmp_path / name / "summary.txt").exists()
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(world, tmp_path, monkeypatch):
+    save, calls = finetune.train.save_checkpoint.__globals__["save_file"], []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) > 2:  # the first checkpoint has two files
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr("moshi_ttt.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        world.run(tmp_path / "run", ckpt_freq=1, num_ckpt_keep=1)
+    there = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert there == ["checkpoint_000001"]
+    assert load(checkpoint(tmp_path / "run")).about["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("model.safetensors", "model.safetensors.* cannot be read"),
+        ("mimi.safetensors", "Mimi .*mimi.safetensors.* cannot be read"),
+        ("tokenizer.model", "tokenizer .*tokenizer.model.* cannot be read"),
+        ("config.json", "config.json is not JSON"),
+        ("mimi_config.json", "Mimi's config is not JSON"),
+    ],
+)
+def test_a_broken_file_of_the_base_is_named(world, tmp_path, file, message):
+    shutil.copytree(world.base, tmp_path / "base")
+    (tmp_path / "base" / file).write_text("junk")
+    with pytest.raises(UserError, match=message):
+        world.run(tmp_path / "run", moshi_paths__hf_repo_id=str(tmp_path / "base"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_that_describes_no_moshi(world, tmp_path):
+    shutil.copytree(world.base, tmp_path / "base")
+    config = json.loads((world.base / "config.json").read_text())
+    key = {"moshi_paths__hf_repo_id": str(tmp_path / "base")}
+    for change in ({"frobnicate": 1}, {"dim": "wide"}):
+        (tmp_path / "base" / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match="does not describe a Moshi"):
+            world.run(tmp_path / "run", **key)
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"context": None}))
+    with pytest.raises(UserError, match="no window"):
+        world.run(tmp_path / "run", **key, do_eval=True)
+    world.run(tmp_path / "run", **key)  # needs none where nothing is scored
+    assert find_base(tmp_path / "base").lm_config["context"] is None

@@ -14,7 +14,7 @@ from eval.bench.gpu_model import MOSHI_7B, SMALL, add_memory, build, open_memori
 from eval.bench.gpu_stream import compare, forced, plan
 from eval.bench.gpu_train import largest_batch, out_of_memory, train
 from moshi_ttt.checkpoint import add_lora
-from moshi_ttt.errors import UserError, run_cli
+from moshi_ttt.errors import run_cli
 from moshi_ttt.hybrid import hybrid_layers
 from moshi_ttt.states import ttt_blocks
 

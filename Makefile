@@ -3,7 +3,6 @@ PYTHON ?= python3
 CONFIG ?= configs/tiny.yaml
 ARGS ?=
 PY := .venv/bin/python
-export NO_TORCH_COMPILE ?= 1
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help setup finetune eval stream bench gpu-check check test slow coverage clean

@@ -1,1 +1,3 @@
-"""Measuring what a memory is worth: perplexity far beyond the attention window."""
+"""Measure a Moshi with a memory: perplexity beyond the window, benchmarks."""
+
+import moshi_ttt as moshi_ttt  # first of all: it tells moshi what not to do on a CPU

@@ -15,8 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-os.environ.setdefault("NO_TORCH_COMPILE", "1")  # before moshi is imported: it costs a minute
-
 from moshi.models.lm import LMModel
 from tqdm import tqdm
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import sys
 import time
 from pathlib import Path
-
-os.environ.setdefault("NO_TORCH_COMPILE", "1")  # before moshi is imported: compiling costs minutes
 
 import fire
 import torch

@@ -13,10 +13,6 @@ residual quantiser), only narrow. Three steps, each from the seed:
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("NO_TORCH_COMPILE", "1")  # moshi reads it when imported
-
 import json
 import time
 from pathlib import Path

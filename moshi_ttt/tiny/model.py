@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("NO_TORCH_COMPILE", "1")  # moshi reads it when imported
-
 import json
+import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any

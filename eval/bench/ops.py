@@ -5,9 +5,9 @@ heads of 64, chunks of 16 and 64 frames, float32, one thread. Measured:
 
 - bytes that the forward saves for the backward, beyond inputs and parameters (at most 30 MiB),
 - forward and backward, against plain autograd through the chunk form (at most as long),
-- one streamed frame, against the dense streaming form (at most half as long), twice: the whole layer
-  as the paper's code decodes it (`Published`), and the dense form inside our own layer, made with
-  our kernels (`DenseOp`), which shares all but the form with what it is compared to,
+- one streamed frame, against the dense streaming form (at most half as long), twice: the whole
+  layer as the paper's code decodes it (`Published`), and the dense form inside our own layer, made
+  with our kernels (`DenseOp`), which shares all but the form with what it is compared to,
 - what such a frame is made of: the projections alone, which any form has, and the op alone.
 
 Times are CPU time of the one thread (others may share the machine), medians of 5 interleaved
@@ -19,12 +19,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,15 +34,13 @@ from torch import Tensor
 import moshi_ttt.memory.base
 from eval.bench.baselines import plain_scan
 from eval.bench.dense import DenseOp, Published, PublishedState
+from eval.bench.ops_table import TARGETS, provenance, table
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.memory import MEMORIES, Memory, build_memory
 
 PAIRS = 5
 MIB = 2**20
 RESULTS = Path(__file__).parent / "results"
-TARGETS = {"saved_mib": 30.0, "train_ratio": 1.0, "frame_ratio": 0.5, "kernels_ratio": 0.5}
-"""Largest allowed: MiB saved; time of forward and backward over that of plain autograd; time of a
-frame over that of the dense form, as published and with our kernels."""
 
 
 @contextlib.contextmanager
@@ -226,75 +220,6 @@ def op_frame(family: str, chunk_size: int, width: int, heads: int) -> dict[str, 
         forms = [run(form, form.init_state(params, 1)) for form in (op, dense)]
     ours, base, ratio = interleaved(*forms)
     return {"op_ms": 1e3 * ours / 64, "op_ms_dense": 1e3 * base / 64, "op_ratio": ratio}
-
-
-def verdict(value: float, target: float) -> str:
-    """`met`, `near` (missed by at most 10 %) or `missed`."""
-    return "met" if value <= target else "near" if value <= 1.1 * target else "missed"
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    lines = [
-        "| memory | C | saved MiB (plain) | train s (plain) | ratio |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    marks = [{k: f"{r[k]:.2f} {verdict(r[k], t)}" for k, t in TARGETS.items()} for r in rows]
-    for r, m in zip(rows, marks, strict=True):
-        lines.append(
-            f"| {r['memory']} | {r['chunk_size']} "
-            f"| {m['saved_mib']} ({r['saved_mib_plain']:.0f}) "
-            f"| {r['train_s']:.3f} ({r['train_s_plain']:.3f}) | {m['train_ratio']} |"
-        )
-    lines += [
-        "",
-        "One streamed frame of the layer, against the dense form:",
-        "",
-        "| memory | C | ms | of it projections | dense as published | ratio "
-        "| dense with our kernels | ratio |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for r, m in zip(rows, marks, strict=True):
-        lines.append(
-            f"| {r['memory']} | {r['chunk_size']} | {r['frame_ms']:.3f} "
-            f"| {r['projections_ms']:.3f} | {r['frame_ms_published']:.3f} | {m['frame_ratio']} "
-            f"| {r['frame_ms_kernels']:.3f} | {m['kernels_ratio']} |"
-        )
-    lines += [
-        "",
-        "The op alone, without projections, convolution and norms, both with our kernels, at this "
-        "shape and at Moshi 7B's (32 heads of 128), no target:",
-        "",
-        "| memory | C | ms | dense ms | ratio | 7B ms | dense ms | ratio |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for r in rows:
-        cells = [
-            f"{x['op_ms']:.3f} | {x['op_ms_dense']:.3f} | {x['op_ratio']:.2f}"
-            for x in (r["op"], r["wide"])
-        ]
-        lines.append(f"| {r['memory']} | {r['chunk_size']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def provenance() -> dict[str, str]:
-    """Commit, machine, versions, command and date."""
-
-    def git(*args: str) -> str:
-        done = subprocess.run(
-            ["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-        )
-        return done.stdout.strip()
-
-    dirty = " with changes" if git("status", "--porcelain", "--", "../../moshi_ttt") else ""
-    return {
-        "commit": (git("rev-parse", "HEAD") or "unknown") + dirty,
-        "machine": f"{platform.processor() or platform.machine()}, "
-        f"{torch.backends.cpu.get_cpu_capability()}, 1 thread",
-        "versions": f"python {platform.python_version()}, torch {torch.__version__}",
-        "command": shlex.join(["python", "-m", "eval.bench.ops", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
 
 
 def main() -> int:

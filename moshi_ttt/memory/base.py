@@ -155,28 +155,30 @@ class Memory(nn.Module):
         Returns:
             `[B, 1, width]` in the dtype of `x`.
         """
-        dtype, width, H = state.conv.dtype, self.width, self.num_heads
-        B, exec_mask = x.shape[0], unless_all(exec_mask)
-        x = x[:, 0]
-        qkv = cast(F.linear(x, cast(self.qkv_proj.weight, x.dtype)), dtype)
-        qkv = qkv.view(B, 1, 3 * width)
+        with torch.inference_mode():  # each op is cheaper in it; what is returned leaves it
+            o = self._frame(x[:, 0], state, unless_all(exec_mask))
+        return F.linear(o, cast(self.o_proj.weight, x.dtype)).unsqueeze(1)
+
+    def _frame(self, x: Tensor, state: MemoryState, exec_mask: Tensor | None) -> Tensor:
+        """`step` without the output's projection, on `[B, width]`."""
+        dtype, (B, width), H = state.conv.dtype, x.shape, self.num_heads
+        qkv = cast(F.linear(x, cast(self.qkv_proj.weight, x.dtype)), dtype).view(B, 1, 3 * width)
         frames = torch.cat([state.conv, qkv[..., : 2 * width]], 1)
-        v = qkv[..., 2 * width :].view(B, H, 1, -1)
         y = (frames * cast(self.conv_weight, dtype).mT).sum(1).add_(cast(self.conv_bias, dtype))
         y = y.view(B, 2, H, 1, -1)
         y.div_(torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(EPS))
         q, k = y.unbind(1)
+        v = qkv[..., 2 * width :].view(B, H, 1, -1)
         gate = F.linear(cast(x, dtype), cast(self.lr_weight, dtype), cast(self.lr_bias, dtype))
         eta = gate.sigmoid_().mul_(self._rate()).unsqueeze(-1)
-        o = self.op.step(self.params(), state.fast, q, k, v, eta, exec_mask)
+        o = self.op.step(self.params(), state.fast, q, k, v, eta, exec_mask).squeeze(2)
         conv = frames[:, 1:]
         if exec_mask is not None:
             conv = torch.where(exec_mask.view(-1, 1, 1), conv, state.conv)
         state.conv.copy_(conv)
-        o = o.squeeze(2)
         rms = (o * o).mean(-1, keepdim=True).add_(EPS).rsqrt_()
-        o = (o * rms).mul_(cast(self.out_scale, dtype)).view(B, width)
-        return F.linear(cast(o, x.dtype), cast(self.o_proj.weight, x.dtype)).unsqueeze(1)
+        o = (o * rms).mul_(cast(self.out_scale, dtype))
+        return cast(o.view(B, width), x.dtype)
 
     @torch.no_grad()
     def reset_state(self, state: MemoryState, mask: Tensor) -> None:

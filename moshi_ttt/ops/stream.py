@@ -19,9 +19,8 @@ from torch import Tensor
 from moshi_ttt.ops.grid import position_scale
 from moshi_ttt.ops.norm import gelu, gelu_pull, normalise, pull
 
-
-_ONE = torch.ones(())
-"""On the host, wherever the state is: an op takes it faster than a Python number."""
+_ONE = torch.ones((), device="cpu")
+"""On the CPU an op takes it faster than a Python number."""
 
 
 class Fast(NamedTuple):

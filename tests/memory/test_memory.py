@@ -185,6 +185,25 @@ def test_gradients_are_those_of_plain_autograd(family, monkeypatch):
 
 
 @every_memory
+def test_what_a_frame_leaves_behind_is_no_inference_tensor(family):
+    memory = make(family)
+    x = torch.randn(1, 1, 12, dtype=torch.float64)
+    with torch.no_grad():
+        state = memory.init_state(1)
+    versions = [t._version for t in tensors(state)]
+    y = memory.step(x, state)
+    assert not y.is_inference()
+    assert not y.requires_grad
+    assert not any(t.is_inference() for t in tensors(state))
+    rows = ("k", "g1", "pos")
+    written = [n in rows for n in state.fast._fields] + [True]
+    for t, version, must in zip(tensors(state), versions, written, strict=True):
+        assert t._version > version or not must  # autograd sees that it was written
+    y.clone().requires_grad_().mul(y).sum().backward()  # and may keep it
+    y += 1
+
+
+@every_memory
 def test_no_state_below_float32(family):
     memory = make(family, torch.float32)
     full = {n: p.detach().clone() for n, p in memory.named_parameters()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,8 @@ import wandb
 from finetune.args import TrainArgs
 
 Mode = Literal["online", "offline", "disabled", "shared"]
+TIMEOUT = 30.0
+"""Seconds that wandb may take to answer; its own 90 are long to wait for nothing."""
 logger = logging.getLogger(__name__)
 
 
@@ -41,9 +42,8 @@ class Metrics:
             "name": args.wandb.run_name or run_dir.name,
             "dir": str(run_dir),
             "config": args.to_dict(),
+            "settings": wandb.Settings(init_timeout=TIMEOUT),
         }
-        if "WANDB_INIT_TIMEOUT" not in os.environ:  # wandb's own is 90 s: long to wait for nothing
-            about["settings"] = wandb.Settings(init_timeout=30)
         # None is online, unless the environment has another WANDB_MODE
         modes: list[Mode | None] = ["offline"] if args.wandb.offline else [None, "offline"]
         for mode in modes:

@@ -92,6 +92,9 @@ def find_base_of(args: TrainArgs) -> Base:
         UserError: it is not there, or the hub cannot be reached.
     """
     paths = args.moshi_paths
+    name = paths.hf_repo_id or ""
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise UserError(f"moshi_paths.hf_repo_id {name}: no such folder")
     try:
         return find_base(
             paths.hf_repo_id or "local",

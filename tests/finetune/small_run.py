@@ -59,7 +59,7 @@ class World:
                 "batch_size": 2,
                 "max_steps": 2,
                 "gradient_checkpointing": False,
-                "optim": {"lr": 1e-3, "gate_lr": 0.1},
+                "optim": {"lr": 1e-3, "gate_lr": 0.1, "schedule": "cosine"},
             },
         )
 

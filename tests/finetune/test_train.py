@@ -12,6 +12,7 @@ from torch import nn
 
 import finetune.train
 from finetune import after
+from finetune.optim import MasterAdamW
 from moshi_ttt.checkpoint import find_base, load, load_base
 from moshi_ttt.errors import UserError
 from moshi_ttt.hybrid import HybridLMModel
@@ -43,6 +44,8 @@ def changed(seen):
 
 
 def logits(lm):
+    """Of the frozen model: a weight that wants a gradient makes matmul differ by an ulp."""
+    lm.requires_grad_(False)
     with torch.no_grad():
         out = lm.eval()(codes_for(lm, 2, 25))
     return torch.cat([out.text_logits.flatten(), out.logits[out.mask].flatten()])
@@ -93,9 +96,8 @@ def test_each_mode_trains_and_saves_what_it_says(world, tmp_path, seen, mode):
     if mode.startswith("full"):
         frozen = set()
     assert not moved & frozen
-    # A of LoRA and W0 behind a gate of 0 have no gradient at the first step, at the second they do
-    unmoved = keys - frozen - moved
-    assert not {k for k in unmoved if not k.endswith(("delta", "decay_logit", ".alpha"))}, unmoved
+    # what a first step cannot reach (A of LoRA, a memory behind a gate of 0) the second does
+    assert keys - frozen - moved == set()
     assert {k for k in moved if is_memory(k)} or "ttt" not in files
     assert {k for k in moved if is_lora(k)} or mode.startswith(("memory", "full"))
 
@@ -167,7 +169,7 @@ def test_checkpoints_by_frequency_the_newest_are_kept(world, tmp_path):
     assert there == ["checkpoint_000002", "checkpoint_000004", "checkpoint_000005"]
     run = world.run(tmp_path / "c", do_ckpt=False)
     assert not (run / "checkpoints").exists()
-    assert "checkpoint" not in (run / "summary.txt").read_text()
+    assert "checkpoint:" not in (run / "summary.txt").read_text()
 
 
 # -- evaluation leaves no trace --------------------------------------------------------------------
@@ -303,16 +305,24 @@ def test_gradient_checkpointing_trains_the_same(world, tmp_path):
         assert (found[1][key] - value).abs().max() < 1e-5, key
 
 
-def test_a_rate_that_is_too_high_saves_nothing(world, tmp_path):
+def test_a_rate_that_is_too_high_saves_nothing(world, tmp_path, monkeypatch):
     """Step 1 is fine, its update is not: the next loss says so, or the check before saving."""
     wild = {"optim__lr": 1e30, "optim__schedule": "cosine", "ckpt_freq": 2}
     message = r"step 2: loss is nan on .*\.wav from \d\.\d s, .*: lower the learning rate"
     with pytest.raises(UserError, match=message):
         world.run(tmp_path / "a", max_steps=3, **wild)
-    with pytest.raises(UserError, match="step 1: weights are not finite, not saved"):
-        world.run(tmp_path / "b", max_steps=1, **wild | {"optim__lr": 3e38})
     with pytest.raises(UserError, match=r"step 1, held_out: .*held_out\.wav.*: lower"):
-        world.run(tmp_path / "c", max_steps=2, **wild | {"do_eval": True, "eval_freq": 1})
+        world.run(tmp_path / "b", max_steps=2, **wild | {"do_eval": True, "eval_freq": 1})
+    real_step = MasterAdamW.step
+
+    def overflows(self, max_norm):
+        norm = real_step(self, max_norm)
+        self.pairs[0][0].data[0] = math.inf
+        return norm
+
+    monkeypatch.setattr(MasterAdamW, "step", overflows)
+    with pytest.raises(UserError, match="step 1: weights are not finite, not saved"):
+        world.run(tmp_path / "c", max_steps=1)
     for name in "abc":
         assert not (tmp_path / name / "checkpoints").exists()
         assert not (tmp_path / name / "summary.txt").exists()

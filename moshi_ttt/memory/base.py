@@ -80,6 +80,14 @@ class Memory(nn.Module):
             torch.empty(2 * width, config.conv_width).uniform_(-bound, bound)
         )
         self.conv_bias = nn.Parameter(torch.empty(2 * width).uniform_(-bound, bound))
+        with torch.no_grad():
+            # A key starts as the query of the frame before it, so that from the first step on
+            # "what I hear now" finds what followed when it was heard last (eval/LOG.md).
+            self.qkv_proj.weight[width : 2 * width] = self.qkv_proj.weight[:width]
+            self.conv_bias[width:] = self.conv_bias[:width]
+            if config.conv_width > 1:
+                self.conv_weight[width:, :-1] = self.conv_weight[:width, 1:]
+                self.conv_weight[width:, -1] = 0.0
         self.lr_weight = nn.Parameter(torch.randn(H, width) * 0.02)
         self.lr_bias = nn.Parameter(torch.zeros(H))
         self.gamma = nn.Parameter(torch.ones(H, D))

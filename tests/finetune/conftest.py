@@ -5,6 +5,7 @@ import io
 import pytest
 import sentencepiece
 
+import finetune.train
 from tests.finetune.small_run import World
 
 
@@ -29,3 +30,17 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The model that the trainer built, and its weights before the first step."""
+    out, build = {}, finetune.train.build_model
+
+    def watched(*args):
+        lm, done = build(*args)
+        out["lm"], out["before"] = lm, {k: v.clone() for k, v in lm.state_dict().items()}
+        return lm, done
+
+    monkeypatch.setattr(finetune.train, "build_model", watched)
+    return out

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import torch
 import yaml
 from safetensors.torch import load_file
 
 from finetune.train import train
 from tests.small import small_base
+from tests.test_hybrid import codes_for
 
+LORA_ONLY = {"ttt": "none"}
+MEMORY_ONLY = {"lora__enable": False}
 ROOT = Path(__file__).parents[2]
 SECONDS = {"dialogue": (4.0, 2), "reading": (2.2, 1), "held_out": (5.0, 2), "panel": (7.0, 1)}
 """Recording -> seconds and channels; the panel's is longer than four windows of the small base."""
@@ -104,3 +108,11 @@ def weights(run_dir: Path) -> dict:
     files = sorted(checkpoint(run_dir).glob("*.safetensors"))
     assert files
     return {k: t for f in files for k, t in load_file(f).items()}
+
+
+def logits(lm):
+    """Of the frozen model: a weight that wants a gradient makes matmul differ by an ulp."""
+    lm.requires_grad_(False)
+    with torch.no_grad():
+        out = lm.eval()(codes_for(lm, 2, 25))
+    return torch.cat([out.text_logits.flatten(), out.logits[out.mask].flatten()])

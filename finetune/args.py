@@ -117,7 +117,7 @@ class OptimArgs:
         lr: highest learning rate of LoRA or of the base's own weights.
         weight_decay: AdamW's, where decay applies.
         pct_start: part of `max_steps` in which the rate rises, 0 to 1.
-        schedule: `"onecycle"` (as moshi-finetune) or `"cosine"` (linear rise, cosine to 0).
+        schedule: `"onecycle"` (as moshi-finetune) or `"cosine"` (linear rise, cosine to 1 %).
         ttt_lr: highest learning rate of the memory's slow weights; null is `lr`.
         gate_lr: highest learning rate of the gates; null is `lr`.
         betas: AdamW's.

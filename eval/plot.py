@@ -85,6 +85,8 @@ def _groups(bins: int) -> list[tuple[int, int]]:
         after = min(first + max(1, round(first * MERGE)), bins)
         groups.append((first, after))
         first = after
+    if len(groups) > 1 and groups[-1][1] - groups[-1][0] < (groups[-2][1] - groups[-2][0]) / 2:
+        groups[-2:] = [(groups[-2][0], bins)]  # what is left over is no dot of its own
     return groups
 
 

@@ -176,7 +176,7 @@ def plot_curves(run_dir: Path) -> Path:
         "gradient norm": ["grad_norm"],
         "mean |tanh(gate)|": ["gate_abs_mean"],
     }
-    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.8), layout="constrained")
     styles = {"train": ("-", None), "held_out": ("--", "o"), "librilight": (":", "s")}
     for axis, (title, keys) in zip(axes, panels.items(), strict=True):
         for kind, (style, marker) in styles.items():
@@ -187,8 +187,7 @@ def plot_curves(run_dir: Path) -> Path:
                     label = f"{key.removeprefix('nll_')} {kind}"
                     axis.plot(*zip(*found, strict=True), style, marker=marker, ms=3, label=label)
         axis.set(title=title, xlabel="step")
-        if axis.lines:
-            axis.legend(fontsize=7)
+    figure.legend(loc="outside lower center", ncols=6, fontsize=7, frameon=False)
     path = run_dir / "curves.png"
     figure.savefig(path, dpi=120)
     plt.close(figure)

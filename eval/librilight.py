@@ -27,7 +27,8 @@ from eval.scores import Item, Scores, evaluate
 from eval.summary import LABELS, summarise
 from finetune.data.codes import CodesCache
 from moshi_ttt import tiny
-from moshi_ttt.checkpoint import TTT_CONFIG_FILE, Loaded, load, load_base, read_json
+from moshi_ttt.base import load_base, read_json
+from moshi_ttt.checkpoint import TTT_CONFIG_FILE, Loaded, load
 from moshi_ttt.errors import UserError, run_cli
 from moshi_ttt.files import newest_checkpoint
 from moshi_ttt.models import choose_device

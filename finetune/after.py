@@ -28,7 +28,7 @@ from finetune.data.codes import CodesCache
 from finetune.data.corpus import segment_frames
 from finetune.data.manifest import Source
 from finetune.metrics import Metrics
-from moshi_ttt.checkpoint import Base, load_base
+from moshi_ttt.base import Base, load_base
 from moshi_ttt.errors import UserError
 
 

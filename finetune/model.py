@@ -19,17 +19,10 @@ from sentencepiece import SentencePieceProcessor
 from finetune.args import TrainArgs
 from finetune.memory_use import check_fits
 from moshi_ttt import states
-from moshi_ttt.checkpoint import (
-    CONFIG_FILE,
-    Base,
-    add_lora,
-    find_base,
-    load_base,
-    load_lora,
-    read_json,
-)
+from moshi_ttt.base import CONFIG_FILE, Base, find_base, load_base, read_json
 from moshi_ttt.errors import UserError, no_space_left
 from moshi_ttt.hybrid import Spliced, splice
+from moshi_ttt.lora import add_lora, load_lora
 
 SEVEN_B = ("kyutai/moshiko-pytorch", "kyutai/moshika-pytorch")
 """Repositories known to be Moshi 7B, whatever the suffix: their size needs no network."""

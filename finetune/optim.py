@@ -11,7 +11,7 @@ from moshi.models.lm import LMModel
 from torch import Tensor, nn
 
 from finetune.args import TrainArgs
-from moshi_ttt.checkpoint import lora_layers
+from moshi_ttt.lora import lora_layers
 from moshi_ttt.states import ttt_blocks
 
 

@@ -28,7 +28,8 @@ from finetune.optim import MasterAdamW, inner_lr_scale, parameter_groups, schedu
 from finetune.run_dir import begin_run_dir, finish_run_dir, finished_summary, run_dir_of
 from finetune.step import NonFiniteError, StepResult, memory_metrics, train_step
 from moshi_ttt import states
-from moshi_ttt.checkpoint import Base, save_checkpoint
+from moshi_ttt.base import Base
+from moshi_ttt.checkpoint import save_checkpoint
 from moshi_ttt.errors import UserError, run_cli
 
 logger = logging.getLogger(__name__)

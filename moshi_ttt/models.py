@@ -13,7 +13,8 @@ from moshi.models.lm import LMModel
 from safetensors import safe_open
 from sentencepiece import SentencePieceProcessor
 
-from moshi_ttt.checkpoint import Base, find_base, load, load_base
+from moshi_ttt.base import Base, find_base, load_base
+from moshi_ttt.checkpoint import load
 from moshi_ttt.errors import UserError
 from moshi_ttt.files import newest_checkpoint
 

@@ -10,21 +10,12 @@ from moshi.models.loaders import CheckpointInfo, get_moshi_lm
 from moshi.modules.lora import LoRALinear
 from safetensors.torch import load_file, save_file
 
-from moshi_ttt.checkpoint import (
-    add_lora,
-    file_hash,
-    find_base,
-    fingerprint,
-    full_state_dict,
-    load,
-    load_base,
-    load_lora,
-    lora_layers,
-    save_checkpoint,
-)
+from moshi_ttt.base import file_hash, find_base, fingerprint, load_base
+from moshi_ttt.checkpoint import full_state_dict, load, save_checkpoint
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.errors import UserError
 from moshi_ttt.hybrid import HybridLMModel, splice
+from moshi_ttt.lora import add_lora, load_lora, lora_layers
 from tests.small import LM_KWARGS, randomise_memories, small_lm, small_mimi
 from tests.test_hybrid import codes_for
 

@@ -5,7 +5,6 @@ import torch
 from moshi.models.lm import LMGen, LMModel
 from moshi.modules.transformer import StreamingTransformer, StreamingTransformerLayer
 
-from moshi_ttt.checkpoint import add_lora
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.hybrid import (
     HybridLMModel,
@@ -14,6 +13,7 @@ from moshi_ttt.hybrid import (
     splice,
     unsplice,
 )
+from moshi_ttt.lora import add_lora
 from moshi_ttt.ring import widen_kv_rings
 from moshi_ttt.states import attach_ttt_states, save_ttt_states
 from tests.small import randomise_memories, small_lm

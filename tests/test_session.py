@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from moshi_ttt import session
-from moshi_ttt.checkpoint import find_base, save_checkpoint
+from moshi_ttt.base import find_base
+from moshi_ttt.checkpoint import save_checkpoint
 from moshi_ttt.engine import Engine, Sampling, memory_norms
 from moshi_ttt.errors import UserError
 from moshi_ttt.hybrid import unsplice

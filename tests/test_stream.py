@@ -15,7 +15,8 @@ from moshi.run_inference import InferenceState
 from safetensors.torch import save_file
 
 from moshi_ttt import loops, sound
-from moshi_ttt.checkpoint import find_base, save_checkpoint
+from moshi_ttt.base import find_base
+from moshi_ttt.checkpoint import save_checkpoint
 from moshi_ttt.codec import encode_recording
 from moshi_ttt.engine import Engine, FrameTimes, Sampling, memory_norms
 from moshi_ttt.errors import UserError

@@ -35,9 +35,9 @@ import torch
 from eval.bench.gpu_model import MOSHI_7B, SMALL, Shape, add_memory, build, clean, open_memories
 from eval.bench.gpu_stream import TOLERANCE, compare, stream
 from eval.bench.gpu_train import train
-from moshi_ttt.checkpoint import add_lora
 from moshi_ttt.errors import UserError, run_cli
 from moshi_ttt.hybrid import unsplice
+from moshi_ttt.lora import add_lora
 from moshi_ttt.models import choose_device
 
 GIB = 2**30

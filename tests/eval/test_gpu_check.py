@@ -13,9 +13,9 @@ from eval.bench import gpu_check, gpu_train
 from eval.bench.gpu_model import MOSHI_7B, SMALL, add_memory, build, open_memories
 from eval.bench.gpu_stream import compare, forced, plan
 from eval.bench.gpu_train import largest_batch, out_of_memory, train
-from moshi_ttt.checkpoint import add_lora
 from moshi_ttt.errors import run_cli
 from moshi_ttt.hybrid import hybrid_layers
+from moshi_ttt.lora import add_lora
 from moshi_ttt.states import ttt_blocks
 
 CPU = torch.device("cpu")

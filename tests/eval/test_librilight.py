@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from eval.librilight import main
-from moshi_ttt.checkpoint import add_lora, find_base, load, load_base, save_checkpoint
+from moshi_ttt.base import find_base, load_base
+from moshi_ttt.checkpoint import load, save_checkpoint
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.errors import run_cli
 from moshi_ttt.hybrid import splice
+from moshi_ttt.lora import add_lora
 from moshi_ttt.tiny import build_base
 from tests.eval.test_panel import speak
 from tests.small import randomise_memories

@@ -9,7 +9,8 @@ from moshi.models.loaders import CheckpointInfo
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from moshi_ttt.checkpoint import load, load_base
+from moshi_ttt.base import load_base
+from moshi_ttt.checkpoint import load
 from moshi_ttt.errors import UserError
 from moshi_ttt.hybrid import HybridLMModel
 from tests.finetune.small_run import LORA_ONLY, MEMORY_ONLY, checkpoint, lines, logits, weights

@@ -17,9 +17,9 @@ from finetune.optim import (
     schedule,
     set_inner_lr,
 )
-from moshi_ttt.checkpoint import add_lora
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.hybrid import splice
+from moshi_ttt.lora import add_lora
 from moshi_ttt.states import ttt_blocks
 from tests.small import small_hybrid, small_lm
 

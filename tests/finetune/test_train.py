@@ -10,7 +10,8 @@ import torch
 import finetune.train
 from finetune import after
 from finetune.optim import MasterAdamW
-from moshi_ttt.checkpoint import find_base, load
+from moshi_ttt.base import find_base
+from moshi_ttt.checkpoint import load
 from moshi_ttt.errors import UserError
 from tests.finetune.small_run import LORA_ONLY, checkpoint, lines, logits, weights
 

@@ -5,6 +5,7 @@ import torch
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("NO_TORCH_COMPILE", "1")  # before moshi is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
 install_import_hook("moshi_ttt.ops", "beartype.beartype")
 
 

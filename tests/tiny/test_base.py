@@ -12,7 +12,7 @@ from moshi.models.loaders import get_moshi_lm
 from eval.panel import make_items, read_panel
 from eval.scores import evaluate
 from finetune.data.codes import CodesCache
-from moshi_ttt.checkpoint import find_base, load_base
+from moshi_ttt.base import find_base, load_base
 from moshi_ttt.tiny.model import BASE_WEIGHTS, build_base
 
 ROOT = Path(__file__).parents[2]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import finetune
 import moshi_ttt.states as states
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.hybrid import hybrid_layers, splice
@@ -272,6 +273,11 @@ def other_state(rows, **values):
     with lm.streaming(rows):
         stream(lm, codes_for(lm, rows, 7))
         return states.save_ttt_states(lm)
+
+
+def test_finetune_hands_out_the_same_functions():
+    for name in finetune.__all__:
+        assert getattr(finetune, name) is getattr(states, name)
 
 
 def test_lanes_of_another_batch_size_are_refused():

@@ -101,6 +101,9 @@ def find_base(
             f"base {name}: the Hugging Face hub cannot be reached or has no such file ({reason}); "
             "give a local folder, or moshi_paths.* for each file"
         ) from error
+    for path in (info.moshi_weights, info.mimi_weights):
+        if path.suffix != ".safetensors":  # moshi would unpickle it: that can run anything
+            raise UserError(f"base {name}: {path} is not a .safetensors file; nothing else is read")
     return Base(str(name), info)
 
 

@@ -254,3 +254,13 @@ def test_bases_that_are_not_there(tmp_path):
         find_base(tmp_path)
     with pytest.raises(UserError, match="hub cannot be reached"):
         find_base("nobody/no-such-model")
+
+
+def test_pickles_are_not_read(base_folder, tmp_path):
+    mine = tmp_path / "base"
+    shutil.copytree(base_folder, mine)
+    torch.save({}, mine / "model.pt")
+    config = json.loads((mine / "config.json").read_text())
+    (mine / "config.json").write_text(json.dumps(config | {"moshi_name": "model.pt"}))
+    with pytest.raises(UserError, match=r"model\.pt is not a \.safetensors"):
+        find_base(mine)

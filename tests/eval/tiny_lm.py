@@ -1,10 +1,10 @@
 """A tiny model with nothing at its neutral value, and codes for it."""
 
 import torch
-from moshi.models.lm import LMModel
 
 from moshi_ttt.config import TTTConfig
-from moshi_ttt.hybrid import hybrid_layers, splice
+from moshi_ttt.hybrid import splice
+from tests.small import randomise_memories, small_lm
 
 CONTEXT = 8
 
@@ -20,41 +20,9 @@ def make_codes(frames, batch=1, seed=1, *, holes=True):
 
 def make_lm(memory="ttt_mlp", *, dtype=torch.float64, seed=0, **config):
     """A tiny Moshi in which nothing is at its neutral value; `memory=None` is a stock one."""
-    torch.manual_seed(seed)
-    lm = LMModel(
-        delays=[0, 0] + [1] * 7 + [0] + [1] * 7,
-        n_q=16,
-        dep_q=8,
-        card=24,
-        text_card=40,
-        dim=32,
-        num_heads=2,
-        num_layers=2,
-        hidden_scale=2.0,
-        norm="rms_norm",  # rms_norm_f32 rounds to float32, and may round a difference away
-        causal=True,
-        context=CONTEXT,
-        max_period=10000,
-        gating="silu",
-        positional_embedding="rope",
-        depformer_dim=16,
-        depformer_num_heads=2,
-        depformer_num_layers=1,
-        depformer_dim_feedforward=32,
-        depformer_multi_linear=True,
-        depformer_weights_per_step=True,
-        depformer_pos_emb="none",
-        dtype=dtype,
-    ).eval()
+    # rms_norm_f32 rounds to float32, and may round a difference away
+    lm = small_lm(seed=seed, norm="rms_norm", card=24, text_card=40, context=CONTEXT).eval()
     if memory is not None:
-        splice(lm, TTTConfig(memory=memory, layers="all", chunk_size=4, **config))
-        for layer in hybrid_layers(lm):
-            block = layer.seq_modeling_block
-            if dtype == torch.float64:
-                block.double()
-            with torch.no_grad():
-                block.gate.normal_()
-                for name, parameter in block.memory.named_parameters():
-                    if name in ("W1", "b1", "W2", "b2", "conv_weight", "conv_bias"):
-                        parameter.normal_(std=0.5)
-    return lm
+        splice(lm, TTTConfig(memory=memory, layers="all", chunk_size=4, num_heads=2, **config))
+        randomise_memories(lm, seed=seed)
+    return lm.to(dtype)

@@ -50,7 +50,7 @@ class Metrics:
             try:
                 self._wandb = wandb.init(mode=mode, **about)
                 break
-            except Exception as error:
+            except Exception as error:  # whatever wandb raises: a mirror never stops a run
                 then = "without it" if mode else f"offline, `wandb sync {run_dir}/wandb/*` later"
                 logger.warning(
                     "wandb cannot be used (%s: %s): the run is logged %s",
@@ -81,6 +81,6 @@ class Metrics:
             return
         try:
             do(self._wandb)
-        except Exception as error:
+        except Exception as error:  # as above; metrics.jsonl has it all
             self._wandb = None
             logger.warning("wandb failed (%s), the run goes on without it", error)

@@ -5,6 +5,7 @@ import torch
 
 import finetune
 import moshi_ttt.states as states
+from moshi_ttt.block import named_tensors
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.hybrid import hybrid_layers, splice
 from tests.small import randomise_memories, small_lm
@@ -56,6 +57,15 @@ def loss_of(lm, codes):
     return out.text_logits.square().mean() + out.logits[out.mask].square().mean()
 
 
+def storage(lm):
+    """Address of every tensor of every block's streaming state."""
+    return {
+        f"{name}.{key}": tensor.data_ptr()
+        for name, block in states.ttt_blocks(lm).items()
+        for key, tensor in named_tensors(block._streaming_state.memory)
+    }
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("frames", [10, 13])
 def test_a_stream_is_saved_and_restored_in_place(family, frames):
@@ -65,24 +75,14 @@ def test_a_stream_is_saved_and_restored_in_place(family, frames):
         saved = states.save_ttt_states(lm)
         assert_moved(lm, saved, "streaming")
         kept = {n: t.clone() for n, t in tensors(saved, "streaming").items()}
-        pointers = {
-            n: t.data_ptr()
-            for b in states.ttt_blocks(lm).values()
-            for n, t in zip(b._streaming_state.memory.fast._fields,
-                            b._streaming_state.memory.fast, strict=True)
-        }  # fmt: skip
+        pointers = storage(lm)
         stream(lm, codes[..., frames : frames + 9])
         now = tensors(states.save_ttt_states(lm), "streaming")
         assert any(not torch.equal(now[k], kept[k]) for k in kept)
         assert all(torch.equal(tensors(saved, "streaming")[k], kept[k]) for k in kept)
         states.restore_ttt_states(lm, saved)
         assert_equal(states.save_ttt_states(lm), saved, "streaming")
-        after = {
-            n: t.data_ptr()
-            for b in states.ttt_blocks(lm).values()
-            for n, t in zip(b._streaming_state.memory.fast._fields,
-                            b._streaming_state.memory.fast, strict=True)
-        }  # fmt: skip
+        after = storage(lm)
         assert after == pointers
 
 

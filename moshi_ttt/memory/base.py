@@ -82,7 +82,7 @@ class Memory(nn.Module):
         self.conv_bias = nn.Parameter(torch.empty(2 * width).uniform_(-bound, bound))
         with torch.no_grad():
             # A key starts as the query of the frame before it, so that from the first step on
-            # "what I hear now" finds what followed when it was heard last (eval/LOG.md).
+            # "what I hear now" finds what followed when it was heard last (one run: eval/LOG.md).
             self.qkv_proj.weight[width : 2 * width] = self.qkv_proj.weight[:width]
             self.conv_bias[width:] = self.conv_bias[:width]
             if config.conv_width > 1:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -148,41 +147,3 @@ class Loader:
         if len(state["drawn"]) != len(self.corpora):
             raise ValueError(f"{len(self.corpora)} corpora, but the state has {state['drawn']}")
         self.drawn = list(state["drawn"])
-
-
-class EvalLoader:
-    """Every segment of every corpus once, in order; each iteration is a whole new pass.
-
-    Args:
-        sources: manifests, prepared in `cache`.
-        cache: their codes.
-        tokenizer: of the text row.
-        seconds: length of a segment.
-        batch_size: segments of a batch; the last batch holds what is left.
-
-    Raises:
-        UserError: no sources.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        cache: CodesCache,
-        tokenizer: SentencePieceProcessor,
-        *,
-        seconds: float,
-        batch_size: int,
-    ) -> None:
-        self.corpora = make_corpora(sources, cache, tokenizer, seconds)
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        """Number of batches."""
-        return math.ceil(sum(map(len, self.corpora)) / self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """One pass."""
-        every = [(c, n) for c in self.corpora for n in range(len(c))]
-        for first in range(0, len(every), self.batch_size):
-            segments = [c.segment(n) for c, n in every[first : first + self.batch_size]]
-            yield Batch.collate(segments, self.corpora[0].segment_frames)

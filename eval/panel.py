@@ -164,7 +164,7 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 def _item(book: Book, cache: CodesCache, interleaver: Interleaver, side: str) -> Item:
-    corpus = Corpus(book.files, cache, interleaver, segment_frames=1)
+    corpus = Corpus(book.files, cache, interleaver)
     parts, known = [], True
     for index, (file, frames) in enumerate(zip(book.files, corpus.lengths, strict=True)):
         part = corpus.read(index, 0, frames)

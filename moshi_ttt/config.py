@@ -26,6 +26,10 @@ class TTTConfig:
         conv_width: frames seen by the short convolution on q and k.
         hidden_mult: hidden width of a fast MLP, in head widths.
         persistent_states: False gives every call a fresh state and leaves nothing to save.
+        state_passing: training goes through recordings segment by segment and hands the state on;
+            False starts every segment from W0.
+        detach_memory_output: an ablation, of training only: the loss reaches the gate but not the
+            memory, so q, k, v, the learning rates and W0 learn nothing.
 
     Raises:
         ValueError: a value out of range, named with the value.
@@ -41,6 +45,8 @@ class TTTConfig:
     conv_width: int = 4
     hidden_mult: int = 4
     persistent_states: bool = True
+    state_passing: bool = True
+    detach_memory_output: bool = False
 
     def __post_init__(self) -> None:
         """Check every value and fill in the family's defaults."""

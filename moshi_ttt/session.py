@@ -27,11 +27,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moshi_ttt.block import STREAMING, named_tensors
+from moshi_ttt.block import STREAMING
 from moshi_ttt.engine import Engine, Sampling
 from moshi_ttt.errors import UserError
 from moshi_ttt.files import written_whole
 from moshi_ttt.hybrid import BLOCK, HybridLMModel
+from moshi_ttt.lanes import named_tensors
 from moshi_ttt.states import restore_ttt_states, save_ttt_states
 
 FORMAT = 1

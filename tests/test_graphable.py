@@ -78,10 +78,10 @@ def test_training_makes_every_tensor_on_the_models_device(family, apart, monkeyp
     """Host reads are allowed there, of positions and of tau: they get what they would find."""
     of = Grid.of.__func__
 
-    def read_elsewhere(cls, pos, H, C, T, lengths):
+    def read_elsewhere(cls, pos, *args):
         with _disable_current_modes():
             here = torch.arange(len(pos)) if apart else torch.zeros(len(pos), dtype=torch.int64)
-            grid = of(cls, here, H, C, T, lengths)
+            grid = of(cls, here, *args)
             moved = {k: v.to(META) for k, v in vars(grid).items() if isinstance(v, torch.Tensor)}
         return dataclasses.replace(grid, **moved)
 

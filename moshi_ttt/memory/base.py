@@ -237,7 +237,7 @@ class Memory(nn.Module):
 
     def _rate(self) -> float:
         """What the inner learning rate is without its gate; 0 where nothing shall be written."""
-        return self.config.writing * self.base_lr * self.lr_scale / self.head_dim
+        return self.base_lr * self.lr_scale / self.head_dim if self.config.writing else 0.0
 
     def _normed(self, dtype: torch.dtype, o: Tensor, scale: Tensor) -> Tensor:
         """`scale * o / sqrt(mean(o^2) + eps)` per head: `[B, H, T, D]` -> `[B, T, width]`."""

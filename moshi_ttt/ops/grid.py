@@ -20,8 +20,7 @@ class Grid:
     """Layout of `T` frames given at positions `pos` on chunks of `C` slots.
 
     When all rows stand at the same place of a chunk and bring as many frames, laying out is a
-    reshape (`start` is that place); else it is a gather by `source`. Only every N-th chunk of a row
-    is written (`write_every`).
+    reshape (`start` is that place); else it is a gather by `source`.
 
     Attributes:
         B: batch rows.
@@ -36,7 +35,7 @@ class Grid:
         source: None, or `[B, n * C]`: the frame in a slot, negative or past the row's end if none.
         fresh: None, or `[B, n * C]` bool: slots that hold a frame of this call.
         done: None, or `[n, N, 1, 1]` bool: where a row finishes the chunk and writes; None where
-            all rows do the same.
+            all rows write the same chunks.
         writes: the chunks that at least one row writes.
         last: None, or `[n, N, 1, 1]` bool: the chunk that a row leaves unfinished.
     """
@@ -68,8 +67,8 @@ class Grid:
     ) -> Grid:
         """The grid of a call with `T` frames, of which row b has the first `lengths[b]`.
 
-        Reads `pos` on the host. Of a row's chunks, counted from its reset, every
-        `write_every`-th is written.
+        Of a row's chunks, counted from its reset, every `write_every`-th is written. Reads `pos`
+        on the host.
 
         Raises:
             ValueError: a length below 0 or above `T`.

@@ -15,10 +15,10 @@ t of a chunk, counted from 0, with W the weights at the start of that chunk:
     tau_t      = max(0, 1/(t+1) + delta_t)                   learned scale of a position
     W_t        = W - tau_t * sum_{s<=t} eta_s g_s            what frame t reads: its own write too
     o_t        = q_t + LN(f_{W_t}(q_t))
-    W         <- W_{C-1} - decay * (W_{C-1} - W0)            after frame C-1 only
+    W         <- W_{C-1} - decay * (W_{C-1} - W0)            after frame C-1 of every N-th chunk
 
-and that only in every N-th chunk (`write_every`): after the others W stays, and what the chunk's
-frames would have written is dropped.
+and after no other frame. N (`write_every`) is 1 in the paper; the other chunks leave W as it was,
+and what their frames would have written is dropped.
 
 The decay is not the paper's: without it the norm of the last layer grows for ever (LN makes the
 loss blind to it), and after hours nothing new is learned. `decay = None` is the paper's memory.

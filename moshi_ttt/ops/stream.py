@@ -5,9 +5,9 @@ the chunk-start weights, puts it and its X at place `t = pos % C` of the buffers
 
     Zq = Xq W + b - tau_t (Xq . X_buf + 1) G_buf        over the rows 0..t
 
-Frame C-1 of every N-th chunk writes all rows into the weights at once; that of another drops them.
-Nothing here reads a position on the host when
-the state is on CUDA; on the CPU rows that stand together take slices instead of masks.
+Frame C-1 writes all rows into the weights at once, or drops them where it is not the turn of its
+chunk (`write_every`). Nothing here reads a position on the host when the state is on CUDA; on the
+CPU rows that stand together take slices instead of masks.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def advance(
         v: values, likewise.
         eta: inner learning rates `[B, H, 1]`.
         exec_mask: `[B]` bool, rows that have a frame, or None for all.
-        write_every: N, chunks from write to write.
+        write_every: chunks from write to write.
 
     Returns:
         Outputs `[B, H, 1, D]`, in the state's dtype.

@@ -6,7 +6,8 @@ gradient g at `f(k)` is taken at the chunk-start weights, and frame t of a chunk
     W_t = W - tau_t * sum_{s<=t} eta_s g_s,        o_t = q_t + LN(f_{W_t}(q_t))
 
 where `tau_t = max(0, 1/(t+1) + delta_t)`. The weights of the last frame are carried to the next
-chunk, moved towards their start: `W <- W_{C-1} - decay (W_{C-1} - W0)`.
+chunk, moved towards their start: `W <- W_{C-1} - decay (W_{C-1} - W0)`; with `write_every` N this
+is done at the end of every N-th chunk only, and the others leave W as it was.
 """
 
 from __future__ import annotations
@@ -155,8 +156,8 @@ def step(
         o = q + LN(q W1 + b1 - tau_t (q . k_buf + 1) g1_buf)
 
     until frame C-1 writes all C rows at once, or drops them where it is not the turn of its chunk
-    (`write_every`). On CUDA nothing depends on a position on the host,
-    so the call can be captured in a graph; there the write is a masked one at every frame.
+    (`write_every`). On CUDA nothing depends on a position on the host, so the call can be captured
+    in a graph; there the write is a masked one at every frame.
 
     Args:
         params: as `Params`.

@@ -9,7 +9,8 @@ chunk reads
     W_t = W - tau_t * sum_{s<=t} eta_s g_s,        o_t = q_t + LN(f_{W_t}(q_t))
 
 where `tau_t = max(0, 1/(t+1) + delta_t)`. The weights of the last frame are carried to the next
-chunk, moved towards their start: `W <- W_{C-1} - decay (W_{C-1} - W0)`, all four alike.
+chunk, moved towards their start: `W <- W_{C-1} - decay (W_{C-1} - W0)`, all four alike; with
+`write_every` N this is done at the end of every N-th chunk only, and the others leave W as it was.
 """
 
 from __future__ import annotations
@@ -177,8 +178,8 @@ def step(
         o = q + LN(x2q W2 + b2 - tau_t (x2q . x2_buf + 1) g2_buf)
 
     until frame C-1 writes all C rows at once, or drops them where it is not the turn of its chunk
-    (`write_every`). On CUDA nothing depends on a position on the host,
-    so the call can be captured in a graph; there the write is a masked one at every frame.
+    (`write_every`). On CUDA nothing depends on a position on the host, so the call can be captured
+    in a graph; there the write is a masked one at every frame.
 
     Args:
         params: as `Params`.

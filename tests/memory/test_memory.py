@@ -84,7 +84,7 @@ def test_a_stream_never_writes_a_parameter(family):
 def test_lengths_and_exec_mask_leave_rows_where_they_are(family, write_every):
     memory, B, T = make(family, write_every=write_every), 3, 17
     x = torch.randn(B, T, 12, dtype=torch.float64)
-    _, start = memory(x[:, :8], memory.init_state(B), torch.tensor([8, 3, 0]))
+    _, start = memory(x[:, :11], memory.init_state(B), torch.tensor([8, 3, 11]))  # 11: one left
     start = clone(start)
     lengths = torch.tensor([T, 5, 0])
     y, end = memory(x, start, lengths)

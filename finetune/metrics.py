@@ -55,7 +55,7 @@ class Metrics:
         for mode in modes:
             try:
                 # offline nothing can go on; and wandb holds on to the id that failed online
-                which = {"id": secrets.token_hex(4)}
+                which: dict[str, Any] = {"id": secrets.token_hex(4)}
                 if mode is None:
                     which = {"id": _wandb_id(run_dir), "resume": "allow"}
                 self._wandb = wandb.init(mode=mode, **about, **which)

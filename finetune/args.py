@@ -319,20 +319,23 @@ def load_args(
     Args:
         path: a yaml file.
         overrides: dotted key -> value, text or already typed: `{"ttt.layers": "every:4"}`. A whole
-            section can be switched: `{"ttt": "false"}`; `{"no_state_passing": True}` is
-            `{"ttt.state_passing": False}`, and `ttt.memory` off is `ttt` null.
+            section can be switched: `{"ttt": "false"}`; `{"no_state_passing": True}` (fire makes
+            it `{"_state_passing": False}`) is `{"ttt.state_passing": False}`, and `ttt.memory` off
+            is `ttt` null.
 
     Raises:
         UserError: every mistake in either, named by file and line or by `--key`.
     """
     values = Values.read(Path(path))
     for name, given in (overrides or {}).items():
-        key, value = name, given
-        if name.startswith("no_") and name[3:] in ALIASES:  # fire has no other way to say false
-            if given not in (True, "True", "true"):
-                raise UserError(f"--{name} takes no value, got {given!r}")
-            key, value = name[3:], False
-        key = ALIASES.get(key, key)
+        # fire takes the "no" off `--no_state_passing` and hands over `_state_passing` as false
+        off = name[1:] if name.startswith("_") and given is False else name.removeprefix("no_")
+        if off != name and off in ALIASES:
+            if given not in (True, False, "True", "true"):
+                raise UserError(f"--no_{off} takes no value, got {given!r}")
+            key, value = ALIASES[off], False
+        else:
+            key, value = ALIASES.get(name, name), given
         if key == ALIASES["state_passing"] and values.tree.get("ttt") in _NO_MEMORY:
             raise UserError(f"--{name}: there is no memory to pass on states (ttt is null)")
         values.override(key, value)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from finetune.data.codes import CodesCache
 from finetune.data.interleaver import FRAME_RATE, Interleaver
-from finetune.data.manifest import Recording, Source
-from finetune.data.transcript import read_words
+from finetune.data.manifest import Source
+from finetune.data.recording import Recording
 from moshi_ttt.errors import UserError
 
 
@@ -24,7 +24,7 @@ class Segment:
     Attributes:
         codes: int64 `[1 + 2K, frames]`: text, K rows of Moshi, K of the user; not delayed.
         text_known: whether the text row is a target; without a transcript it is only an input.
-        name: the audio file.
+        name: of the recording.
         start: first frame within the recording.
     """
 
@@ -73,7 +73,7 @@ class Corpus:
         self._text: list[Tensor] = []
         self._text_known: list[bool] = []
         for recording, frames in zip(recordings, self.lengths, strict=True):
-            words = read_words(recording.path, recording.duration)
+            words = recording.words(cache.file_frames(recording))
             if recording.channels == 1 and cache.mono_side == "user":
                 words = None  # what the user says is not Moshi's text
             self._text.append(interleaver.row(words, frames))
@@ -94,7 +94,7 @@ class Corpus:
         codes = self.cache.load(recording, start, stop).long()
         text = self._text[index][start:stop].long()
         both = torch.cat([text[None], codes])
-        return Segment(both, self._text_known[index], str(recording.path), start)
+        return Segment(both, self._text_known[index], recording.name, start)
 
     def segment(self, number: int) -> Segment:
         """Segment `number`, in the manifest's order."""

@@ -72,7 +72,7 @@ def test_a_batch_is_codes_text_and_nothing_past_the_end(loader, data, tokenizer)
     batch = next(iter(batches_of))
     assert batch.codes.shape == (7, 17, 10)
     assert batch.codes.dtype == torch.int64
-    recordings = {r.path.stem: r for c in batches_of.corpora for r in c.recordings}
+    recordings = {r.files[0].path.stem: r for c in batches_of.corpora for r in c.recordings}
     for row, (name, start, length) in enumerate(rows(batch)):
         wanted = cache.load(recordings[name], start, start + length).long()
         assert torch.equal(batch.codes[row, 1:, :length], wanted)

@@ -38,11 +38,11 @@ B = {"path": "sound/b.wav", "duration": 1.04}
 
 def test_paths_are_relative_to_the_manifest(folder):
     a, b = read_manifest(manifest(folder, A, "", B))
-    assert (a.path, a.duration, a.channels) == (folder / "sound/a.wav", 2.0, 2)
-    assert (b.path, b.duration, b.channels) == (folder / "sound/b.wav", 1.0, 1)
+    assert (a.files[0].path, a.duration, a.channels) == (folder / "sound/a.wav", 2.0, 2)
+    assert (b.files[0].path, b.duration, b.channels) == (folder / "sound/b.wav", 1.0, 1)
     assert b.where == f"{folder / 'm.jsonl'}:3"
     absolute = {"path": str(folder / "sound/a.wav"), "duration": 2}
-    assert read_manifest(manifest(folder, absolute))[0].path == a.path
+    assert read_manifest(manifest(folder, absolute))[0].files == a.files
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_no_recordings_and_no_manifest(folder):
     with pytest.raises(UserError, match=r"x\.jsonl: no such manifest"):
         read_manifest(folder / "x.jsonl")
     (folder / "m.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"m\.jsonl: not text in UTF-8"):
+    with pytest.raises(UserError, match=r"m\.jsonl:1: not text in UTF-8"):
         read_manifest(folder / "m.jsonl")
 
 

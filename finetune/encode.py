@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     mine = list({line.names: line for line in lines}.values())[rank::world]
     jobs = _jobs(mine, folder)
     name = f"rank {rank} of {world}: " if world > 1 else ""
-    say(f"{name}{len(mine)} recordings, {len(mine) - len(jobs)} of them done or broken")
+    done = sum(folder.has(folder.key(line)) for line in mine)
+    say(f"{name}{len(mine)} recordings, {done} of them there already")
     cores = (os.cpu_count() or 1) // _number("LOCAL_WORLD_SIZE", 1)
     workers = args.workers or (1 if device.type == "cuda" else max(1, cores))
     _encode(jobs, folder, mimi, partial(base.info.get_mimi, device), workers)

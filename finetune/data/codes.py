@@ -18,7 +18,6 @@ from tqdm import tqdm
 from finetune.data.encoding import (
     Job,
     MakeMimi,
-    digest_of,
     encode_jobs,
     mimi_fingerprint,
     read_codes,
@@ -26,7 +25,7 @@ from finetune.data.encoding import (
 )
 from finetune.data.manifest import Source
 from finetune.data.recording import AudioFile, Recording
-from finetune.data.stored import SILENCE
+from finetune.data.stored import SILENCE, verify_silence
 from moshi_ttt.codec import encode_recording
 from moshi_ttt.errors import UserError, no_space_left
 
@@ -193,6 +192,7 @@ class CodesCache:
         return len(missing)
 
     def _check_stored(self, recordings: Sequence[Recording]) -> None:
+        quiet: set[Path] = set()
         bar = tqdm(recordings, desc="checking codes", unit="recording", leave=False, delay=1)
         for recording in bar:
             stored = recording.stored
@@ -207,9 +207,10 @@ class CodesCache:
                     "to the same"
                 )
             try:
-                stored.check(recording.channels)
-                if digest_of(_read(stored.shard, stored.key, 0, stored.frames)) != stored.sha1:
-                    raise UserError(f"{stored.shard}: {stored.key} is not what was written")
+                stored.verify(recording.channels)
+                if recording.channels == 1 and stored.shard not in quiet:
+                    verify_silence(stored.shard)
+                    quiet.add(stored.shard)
             except UserError as error:
                 raise UserError(f"{recording.where}: {error}") from error
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.data.recording import AudioFile
+from finetune.data.stored import digest_of
 from moshi_ttt.audio import read_audio
 from moshi_ttt.codec import encode_recording
 from moshi_ttt.errors import UserError
@@ -95,11 +96,6 @@ def encode_jobs(
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def digest_of(codes: Tensor) -> str:
-    """SHA-1 of codes as they are stored."""
-    return hashlib.sha1(codes.contiguous().numpy().tobytes()).hexdigest()
 
 
 def write_codes(file: Path, parts: Sequence[Tensor]) -> None:

@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune.data.encoding import digest_of, read_codes
+from finetune.data.encoding import read_codes
 from finetune.data.manifest import Line, read_lines
 from finetune.data.recording import Recording
-from finetune.data.stored import SILENCE
+from finetune.data.stored import SILENCE, digest_of
 from moshi_ttt.errors import UserError
 from moshi_ttt.files import written_whole
 
@@ -41,7 +42,7 @@ class ShardFolder:
         card: codes of each of its codebooks.
 
     Raises:
-        UserError: the folder cannot be made, or its index or a shard of it is broken.
+        UserError: the folder cannot be made, its index is broken, or a shard is not there.
     """
 
     def __init__(self, folder: Path, codec: str, card: int) -> None:
@@ -190,10 +191,12 @@ class ShardFolder:
             self._write(batch, quiet, silence)
 
     def _write(self, batch: dict[str, Tensor], quiet: int, silence: Silence) -> None:
+        about = {}
         if quiet:
-            batch = batch | {SILENCE: silence(quiet).to("cpu").short().contiguous()}
+            quietness = silence(quiet).to("cpu", torch.int16).contiguous()
+            batch, about = batch | {SILENCE: quietness}, {SILENCE: digest_of(quietness)}
         with written_whole(self.folder / f"codes-{self._shards:05d}.safetensors") as beside:
-            save_file(batch, beside, {"codec": self.codec})
+            save_file(batch, beside, about)
         self._shards += 1
 
 

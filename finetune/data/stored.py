@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from finetune.data.transcript import Word, parse_words
 from moshi_ttt.errors import UserError
@@ -69,26 +71,44 @@ class StoredCodes:
             raise UserError(f"{self.index}: it was written anew while it was in use: start again")
         return stored_words(entry, seconds, self.index)
 
-    def check(self, channels: int) -> None:
-        """See that the shard holds these codes, without reading them.
+    def verify(self, channels: int) -> None:
+        """Read the codes and compare them with what the line says of them.
 
         Raises:
             UserError: no shard, a broken one, or other codes in it.
         """
         try:
             with safe_open(self.shard, "pt") as file:
-                shape = file.get_slice(self.key).get_shape()
-                if channels == 1:
-                    silence = file.get_slice(SILENCE).get_shape()[-1]
-                    if silence < max(self.file_frames):
-                        raise UserError(f"{self.shard}: its silence has only {silence} frames")
+                codes = file.get_tensor(self.key)
+                silence = 0 if channels == 2 else file.get_slice(SILENCE).get_shape()[-1]
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.shard}: no codes of {self.key} there: {error}") from error
-        if shape != [channels, self.codebooks, self.frames]:
+        said = [channels, self.codebooks, self.frames]
+        if list(codes.shape) != said:
             raise UserError(
-                f"{self.shard}: {self.key} is {shape}, but its line says "
-                f"{[channels, self.codebooks, self.frames]}"
+                f"{self.shard}: {self.key} is {list(codes.shape)}, but its line says {said}"
             )
+        if digest_of(codes) != self.sha1:
+            raise UserError(f"{self.shard}: {self.key} is not what was written")
+        if channels == 1 and silence < max(self.file_frames):
+            raise UserError(f"{self.shard}: its silence has only {silence} frames")
+
+
+def verify_silence(shard: Path) -> None:
+    """Read a shard's codes of silence and compare them with what was written.
+
+    Raises:
+        UserError: they differ.
+    """
+    with safe_open(shard, "pt") as file:
+        codes = file.get_tensor(SILENCE)
+        if (file.metadata() or {}).get(SILENCE) != digest_of(codes):
+            raise UserError(f"{shard}: {SILENCE} is not what was written")
+
+
+def digest_of(codes: Tensor) -> str:
+    """SHA-1 of codes as they are stored."""
+    return hashlib.sha1(codes.contiguous().numpy().tobytes()).hexdigest()
 
 
 def parse_stored(entry: dict[str, Any], index: Path, offset: int) -> StoredCodes:

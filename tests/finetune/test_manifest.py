@@ -170,3 +170,52 @@ def test_a_transcript_that_is_not_json(folder):
     (folder / "sound/a.json").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"a\.json: not text in UTF-8"):
         read_manifest(manifest(folder, A))
+
+
+def several(folder, **words):
+    """A recording of the mono files b, c and d, of 1 s each, with words where given."""
+    for name in "cd":
+        wav(folder / f"sound/{name}.wav", 1.0, channels=1)
+    for name, entries in words.items():
+        (folder / f"sound/{name}.json").write_text(json.dumps({"alignments": entries}))
+    return {"path": [f"sound/{name}.wav" for name in "bcd"], "duration": 3.02}
+
+
+def test_several_files_are_one_recording(folder):
+    hey = [["hey", [0.5, 0.9], M]]
+    line = several(folder, b=[["late", [1.2, 1.4], M]], c=hey, d=hey) | {"speaker": "7"}
+    (found,) = read_manifest(manifest(folder, line))
+    assert [f.path for f in found.files] == [folder / f"sound/{name}.wav" for name in "bcd"]
+    assert (found.duration, found.channels, found.speaker) == (3.0, 1, "7")
+    assert found.name == f"{folder / 'sound/b.wav'} and 2 more"
+    words = found.words((13, 13, 13))
+    assert [(w.text, round(w.start, 6), round(w.end, 6)) for w in words] == [
+        ("late", 1.2, 1.4),  # after its file's end, as aligners do
+        ("hey", 1.54, 1.94),  # 13 frames of 80 ms later
+        ("hey", 2.58, 2.98),
+    ]
+    assert read_manifest(manifest(folder, several(folder)))[0].speaker is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"path": []}, "no path"),
+        ({"path": ["sound/b.wav", 3]}, "no path"),
+        ({"path": ["sound/b.wav", "sound/x.wav"]}, "x.wav: no such audio file"),
+        ({"path": ["sound/b.wav", "sound/a.wav"]}, "a.wav has 2 channels and "),
+        ({"duration": 2.5}, "duration of 'sound/b.wav + sound/c.wav + sound/d.wav' is 2.5, but"),
+        ({"speaker": 7}, "speaker must be text, got 7"),
+    ],
+)
+def test_a_bad_line_of_several_files(folder, change, message):
+    with pytest.raises(UserError) as error:
+        read_manifest(manifest(folder, A, several(folder) | change))
+    assert str(error.value).startswith(f"{folder / 'm.jsonl'}:2: ")
+    assert message in str(error.value)
+
+
+def test_all_files_have_a_transcript_or_none(folder):
+    line = several(folder, b=[], d=[])
+    with pytest.raises(UserError, match=r"m\.jsonl:1: .*c\.wav has no transcript, but other files"):
+        read_manifest(manifest(folder, line))

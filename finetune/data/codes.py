@@ -23,58 +23,13 @@ from finetune.data.encoding import (
     read_codes,
     write_codes,
 )
-from finetune.data.manifest import Source
 from finetune.data.recording import AudioFile, Recording
-from finetune.data.stored import SILENCE, verify_silence
+from finetune.data.stored import SILENCE
+from finetune.data.stored_checks import verify_codes
 from moshi_ttt.codec import encode_recording
 from moshi_ttt.errors import UserError, no_space_left
 
 log = logging.getLogger(__name__)
-
-
-def needs_codec(sources: Sequence[Source]) -> bool:
-    """Whether any recording is audio, so that Mimi has to encode it."""
-    return any(r.stored is None for s in sources for r in s.recordings)
-
-
-def check_codes(sources: Sequence[Source], codebooks: int, card: int) -> None:
-    """See that stored codes fit a model and each other; reads none of them.
-
-    Args:
-        sources: of a run, those of audio too.
-        codebooks: of the model, each side.
-        card: codes of a codebook that the model knows.
-
-    Raises:
-        UserError: another number of codebooks, codes that the model does not know, or codes of
-            two codecs; with manifest and line.
-    """
-    first: Recording | None = None
-    for recording in (r for s in sources for r in s.recordings):
-        stored = recording.stored
-        if stored is None:
-            continue
-        if stored.codebooks != codebooks:
-            raise UserError(
-                f"{recording.where}: codes of {stored.codebooks} codebooks, but the model has "
-                f"{codebooks} a side: encode with its base (python -m finetune.encode --base)"
-            )
-        if stored.card > card:
-            raise UserError(
-                f"{recording.where}: codes up to {stored.card - 1}, but the model knows "
-                f"{card} a codebook: encode with its base (python -m finetune.encode --base)"
-            )
-        first = first or recording
-        assert first.stored is not None
-        if stored.codec != first.stored.codec:
-            raise _other_codec(recording, stored.codec, first.where, first.stored.codec)
-
-
-def _other_codec(recording: Recording, codec: str, others: str, theirs: str) -> UserError:
-    return UserError(
-        f"{recording.where}: its codes are of another codec ({codec[:12]}) than {others} "
-        f"({theirs[:12]}): encode all of a run with one base"
-    )
 
 
 @dataclass(frozen=True)
@@ -169,7 +124,7 @@ class CodesCache:
                 codec, or whose mono side is another.
             ValueError: several workers and no `load_mimi`; audio and no codec.
         """
-        self._check_stored([r for r in recordings if r.stored is not None])
+        verify_codes(recordings, self.fingerprint, self.mono_side)
         missing: dict[Path, Job] = {}
         for recording in recordings:
             for audio in recording.files:
@@ -190,29 +145,6 @@ class CodesCache:
         mono = [file for r in recordings if r.channels == 1 for file in r.files]
         self._prepare_silence(mono)
         return len(missing)
-
-    def _check_stored(self, recordings: Sequence[Recording]) -> None:
-        quiet: set[Path] = set()
-        bar = tqdm(recordings, desc="checking codes", unit="recording", leave=False, delay=1)
-        for recording in bar:
-            stored = recording.stored
-            assert stored is not None
-            if self.fingerprint not in (None, stored.codec):
-                theirs = str(self.fingerprint)
-                raise _other_codec(recording, stored.codec, "the base's Mimi", theirs)
-            if recording.channels == 1 and stored.mono_side != self.mono_side:
-                raise UserError(
-                    f"{recording.where}: encoded with --mono-side {stored.mono_side}, but here "
-                    f"mono recordings are the {self.mono_side} side: set data.mono_side or --side "
-                    "to the same"
-                )
-            try:
-                stored.verify(recording.channels)
-                if recording.channels == 1 and stored.shard not in quiet:
-                    verify_silence(stored.shard)
-                    quiet.add(stored.shard)
-            except UserError as error:
-                raise UserError(f"{recording.where}: {error}") from error
 
     def _silence_file(self) -> Path:
         return self.folder / f"silence-{str(self.fingerprint)[:12]}.safetensors"

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from finetune.data.transcript import Word, parse_words
@@ -70,40 +69,6 @@ class StoredCodes:
         if not isinstance(entry, dict) or entry.get("key") != self.key:
             raise UserError(f"{self.index}: it was written anew while it was in use: start again")
         return stored_words(entry, seconds, self.index)
-
-    def verify(self, channels: int) -> None:
-        """Read the codes and compare them with what the line says of them.
-
-        Raises:
-            UserError: no shard, a broken one, or other codes in it.
-        """
-        try:
-            with safe_open(self.shard, "pt") as file:
-                codes = file.get_tensor(self.key)
-                silence = 0 if channels == 2 else file.get_slice(SILENCE).get_shape()[-1]
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.shard}: no codes of {self.key} there: {error}") from error
-        said = [channels, self.codebooks, self.frames]
-        if list(codes.shape) != said:
-            raise UserError(
-                f"{self.shard}: {self.key} is {list(codes.shape)}, but its line says {said}"
-            )
-        if digest_of(codes) != self.sha1:
-            raise UserError(f"{self.shard}: {self.key} is not what was written")
-        if channels == 1 and silence < max(self.file_frames):
-            raise UserError(f"{self.shard}: its silence has only {silence} frames")
-
-
-def verify_silence(shard: Path) -> None:
-    """Read a shard's codes of silence and compare them with what was written.
-
-    Raises:
-        UserError: they differ.
-    """
-    with safe_open(shard, "pt") as file:
-        codes = file.get_tensor(SILENCE)
-        if (file.metadata() or {}).get(SILENCE) != digest_of(codes):
-            raise UserError(f"{shard}: {SILENCE} is not what was written")
 
 
 def digest_of(codes: Tensor) -> str:

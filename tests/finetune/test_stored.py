@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from eval.panel import make_items, read_panel, shorten, speaker_of
-from finetune.data.codes import CodesCache, check_codes, needs_codec
+from finetune.data.codes import CodesCache
 from finetune.data.loader import Loader
 from finetune.data.manifest import read_manifest, read_sources
+from finetune.data.stored_checks import check_codes, needs_codec
 from moshi_ttt.errors import UserError
 from tests.finetune.recordings import LINES, encode, write_manifest
 from tests.finetune.small_run import lines
@@ -94,15 +95,16 @@ def test_what_is_stored_is_compared_with_its_index(encoded, mine, tmp_path):
     cache, shard = CodesCache(tmp_path / "c", None), mine / "codes-00000.safetensors"
     whole = shard.read_bytes()
     for data, message in [
-        (whole[:-1] + bytes([whole[-1] ^ 1]), "is not what was written"),
-        (whole[:-9], "no codes of"),
-        (b"", "no codes of"),
+        (whole[:-1] + bytes([whole[-1] ^ 1]), "the codes of silence .* not what was written"),
+        (whole[:-500] + bytes([whole[-500] ^ 1]) + whole[-499:], "is not what was written"),
+        (whole[:-9], "no such codes there"),
+        (b"", "no such codes there"),
     ]:
         shard.write_bytes(data)
         with pytest.raises(UserError, match=rf"codes\.jsonl:\d: .*{message}"):
             cache.prepare(stored)
     shard.unlink()
-    with pytest.raises(UserError, match=r"jsonl:1: .*00000\.safetensors: no codes of"):
+    with pytest.raises(UserError, match=r"jsonl:1: .*00000\.safetensors: no such codes"):
         cache.prepare(stored)
     with pytest.raises(UserError, match=r"jsonl:1: .*no such file of codes"):
         read_manifest(mine / "codes.jsonl")
@@ -136,8 +138,8 @@ def test_a_bad_line_of_codes_is_named(mine, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"frames": 21, "file_frames": [6, 11, 4]}, r"is \[1, 8, 22\], but its line says"),
-        ({"frames": 22, "file_frames": [18, 4]}, "its silence has only 12 frames"),
+        ({"frames": 21, "file_frames": [6, 11, 4]}, r"is \[1, 8, 22\], but the line says"),
+        ({"frames": 22, "file_frames": [18, 4]}, "the codes of silence are too few"),
     ],
 )
 def test_a_line_that_its_shard_contradicts(mine, change, message):

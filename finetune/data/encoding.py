@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import torch
 from moshi.models.compression import MimiModel
@@ -146,7 +148,16 @@ _worker = _Worker()
 
 def _start_worker(load_mimi: MakeMimi) -> None:
     torch.set_num_threads(1)
+    Thread(target=_end_with_parent, daemon=True).start()
     _worker.load = load_mimi
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed tells nobody, and its workers would wait for jobs for ever."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode_in_worker(job: Job, fingerprint: str) -> UserError | None:

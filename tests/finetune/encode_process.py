@@ -5,6 +5,7 @@ import signal
 from multiprocessing import get_context
 
 from finetune import encode
+from finetune.data import encoding
 
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(["finetune.encode"])
@@ -29,3 +30,22 @@ def _run(argv, die_at, env):
 
     os.replace = counted
     encode.main(argv)
+
+
+def orphan(connection):
+    """A worker whose parent is killed at once; it says "up" and would wait for ever."""
+    process = CONTEXT.Process(target=_leave_a_worker, args=(connection,))
+    process.start()
+    connection.close()
+    return process
+
+
+def _leave_a_worker(connection):
+    CONTEXT.Process(target=_wait, args=(connection,)).start()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _wait(connection):
+    connection.send("up")
+    encoding._start_worker(None)
+    connection.recv()

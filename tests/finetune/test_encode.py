@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import signal
+from multiprocessing import Pipe
 
 import numpy as np
 import pytest
@@ -174,6 +175,15 @@ def test_several_processes_get_the_same_codec(audio, base, tmp_path, monkeypatch
     assert workers == 3
     again = pickle.loads(pickle.dumps(load_mimi))()
     assert mimi_fingerprint(again) == mimi_fingerprint(mimi)
+
+
+def test_a_worker_ends_with_its_parent():
+    ours, theirs = Pipe()
+    encode_process.orphan(theirs).join()
+    assert ours.recv() == "up"
+    assert ours.poll(10)
+    with pytest.raises(EOFError):
+        ours.recv()
 
 
 def test_done_is_done(audio, base, encoded, tmp_path, monkeypatch, capsys):

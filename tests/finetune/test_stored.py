@@ -60,13 +60,23 @@ def test_audio_and_codes_in_one_run(audio, encoded, tokenizer, tmp_path):
 
 
 def test_the_trainer_takes_codes(world, tmp_path):
-    codes = encode(world / "train.jsonl", tmp_path / "codes", world.base) / "codes.jsonl"
-    runs = [
-        world.run(tmp_path / name, data__train_data=str(data), max_steps=1)
-        for name, data in [("audio", world / "train.jsonl"), ("stored", codes)]
-    ]
-    losses = [lines(run)[0]["loss"] for run in runs]
-    assert losses[0] == losses[1]
+    found = {}
+    for kind in ("audio", "codes"):
+        data = {name: world / f"{name}.jsonl" for name in ("train", "eval", "panel")}
+        if kind == "codes":
+            for name, manifest in data.items():
+                data[name] = encode(manifest, tmp_path / name, world.base) / "codes.jsonl"
+        run = world.run(
+            tmp_path / kind, max_steps=1, do_eval=True, data__train_data=str(data["train"]),
+            data__eval_data=str(data["eval"]), eval__librilight_data=str(data["panel"]),
+        )  # fmt: skip
+        found[kind] = [
+            {k: v for k, v in line.items() if "nll" in k}
+            for name in ("train", "held_out", "librilight")
+            for line in lines(run, name)
+        ]
+    assert len(found["audio"]) == 3
+    assert found["codes"] == found["audio"]
 
 
 def test_codes_that_do_not_fit_are_refused(audio, encoded, tmp_path):

@@ -1,7 +1,7 @@
 """A folder of codes in the making: a file for each recording, then shards and their index.
 
 While recordings are encoded, by any number of processes, each one's codes are a file of their own
-under `parts/`. When nothing is missing, the codes move into shards in the manifest's order, and the
+under `.parts/`. When none is missing, the codes move into shards in the manifest's order, and the
 index is written. So the result does not depend on who encoded what, or on when it was killed.
 """
 
@@ -10,8 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from finetune.data.encoding import read_codes
 from finetune.data.manifest import Line, read_lines
@@ -47,7 +47,7 @@ class ShardFolder:
 
     def __init__(self, folder: Path, codec: str, card: int) -> None:
         self.folder, self.codec, self.card = folder, codec, card
-        self.parts = folder / "parts"
+        self.parts = folder / ".parts"
         try:
             self.parts.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
@@ -65,7 +65,8 @@ class ShardFolder:
             recording = line.recording()
             stored = recording.stored
             assert stored is not None
-            self._shards = max(self._shards, 1 + int(stored.shard.stem.rpartition("-")[2]))
+            number = stored.shard.stem.rpartition("-")[2]
+            self._shards = max(self._shards, 1 + int(number) if number.isdecimal() else 0)
             if stored.codec == self.codec:
                 self._known[stored.key] = line.entry
                 self._gone[line.names] = stored.key
@@ -140,15 +141,23 @@ class ShardFolder:
             broken = [line.where for line, k in zip(lines, keys, strict=True) if not self.has(k)]
             if not all(self.has(key) or self._mark(key).exists() for key in keys):
                 return None
-            opened = [_open(line) for line, _ in there]
+            bar = tqdm(there, desc="reading headers", unit="recording", delay=1)
+            opened = [_open(line) for line, _ in bar]
             self._pack(dict.fromkeys(key for _, key in there), silence, shard_bytes)
             with written_whole(self.index) as beside, beside.open("w", encoding="utf-8") as file:
                 for (line, key), recording in zip(there, opened, strict=True):
                     entry = _entry(line, self._known[key], recording)
                     entry["mono_side"] = mono_side
                     file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            shutil.rmtree(self.parts, ignore_errors=True)  # none is a loss, nor one that stays
+            self._remove_parts({key for key in keys if not self.has(key)})
             return broken
+
+    def _remove_parts(self, broken: set[str]) -> None:
+        """All that is packed, left over or a mark; a late rank may be trying a broken one again."""
+        for file in self.parts.iterdir():
+            key = file.name.lstrip(".").partition(".")[0]
+            if key not in broken or file == self._mark(key):
+                file.unlink(missing_ok=True)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -158,10 +167,10 @@ class ShardFolder:
                 left.unlink()
             yield
 
-    def _pack(self, keys: Iterable[str], silence: Silence, shard_bytes: int) -> None:
+    def _pack(self, keys: Collection[str], silence: Silence, shard_bytes: int) -> None:
         batch: dict[str, Tensor] = {}
         quiet = 0  # frames of silence that the shard needs
-        for key in keys:
+        for key in tqdm(keys, desc="packing shards", unit="recording", delay=1):
             if key in self._known:
                 continue
             found = read_codes(self.part(key))

@@ -39,7 +39,8 @@ def mine(audio, tmp_path):
 
 def content(folder):
     """Every file that a run leaves."""
-    return {f.name: f.read_bytes() for f in folder.iterdir()}
+    assert not list((folder / ".parts").iterdir())
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()}
 
 
 def index(out):
@@ -98,11 +99,7 @@ def test_the_index_says_what_is_where(encoded):
         assert set(shard.keys()) == {a["key"], b["key"], c["key"], "silence"}
         assert shard.get_slice("silence").get_shape() == [1, 8, 12]
         assert shard.get_slice(c["key"]).get_dtype() == "I16"
-    assert {f.name for f in encoded.iterdir()} == {
-        ".lock",
-        "codes-00000.safetensors",
-        "codes.jsonl",
-    }
+    assert set(content(encoded)) == {".lock", "codes-00000.safetensors", "codes.jsonl"}
 
 
 @pytest.fixture
@@ -125,7 +122,7 @@ def test_killed_and_started_again_it_ends_the_same(audio, base, encoded, tmp_pat
         process = encode_process.start(typed, die_at=die_at)
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        assert len(list(out.glob("parts/[!.]*"))) == parts
+        assert len(list(out.glob(".parts/[!.]*"))) == parts
         assert len(list(out.glob("codes-*"))) == shards
         assert not (out / "codes.jsonl").exists()
     main(typed)
@@ -259,7 +256,7 @@ def test_a_part_that_is_broken_is_made_again(audio, base, encoded, tmp_path, mon
     out, typed = tmp_path / "out", arguments(audio / "m.jsonl", tmp_path / "out", base)
     process = encode_process.start(typed, die_at=3)
     process.join()
-    part = next(out.glob("parts/[!.]*"))
+    part = next(out.glob(".parts/[!.]*"))
     part.write_bytes(part.read_bytes()[:-3] + b"abc")
     with pytest.raises(UserError, match=r"was broken .* and is removed: run again"):
         main(typed)

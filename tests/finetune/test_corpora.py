@@ -81,6 +81,15 @@ def test_folder(tmp_path, capsys):
     assert "3 recordings, 0.00 h; 2 that cannot be read left out" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["daily_talk", "embedded"])
+def test_corpora_that_are_fetched_or_made(name, monkeypatch, capsys):
+    called = []
+    monkeypatch.setattr(f"finetune.corpora.{name}.prepare", lambda: called.append(name))
+    main([name])  # the one needs a network, the other minutes
+    assert called == [name]
+    assert "manifests" in capsys.readouterr().out
+
+
 def test_what_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()

@@ -135,7 +135,7 @@ def make_items(
 
 
 def _item(book: Recording, cache: CodesCache, interleaver: Interleaver, side: str) -> Item:
-    corpus = Corpus([book], cache, interleaver, segment_frames=1)
+    corpus = Corpus([book], cache, interleaver)
     whole = corpus.read(0, 0, corpus.lengths[0])
     codes = whole.codes
     if side == "user" and book.channels == 2:

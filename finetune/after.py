@@ -28,7 +28,10 @@ from finetune.data.codes import CodesCache
 from finetune.data.corpus import segment_frames
 from finetune.data.manifest import Source
 from finetune.data.recording import Recording
+from finetune.loss import TeacherForced
 from finetune.metrics import Metrics
+from finetune.sharding import whole
+from finetune.world import ALONE, World
 from moshi_ttt.base import Base, load_base
 from moshi_ttt.errors import UserError
 
@@ -41,6 +44,7 @@ class Evaluation:
         base: for its tokenizer and, at the end, the stock model.
         cache: of codes, with all held-out recordings in it.
         held_out: `data.eval_data`, empty if nothing is to be scored.
+        here: this rank; recordings are shared out among all of them.
 
     Raises:
         UserError: `eval.librilight_data` is not there or has nothing long enough, or the base's
@@ -53,8 +57,9 @@ class Evaluation:
         base: Base,
         cache: CodesCache,
         held_out: Sequence[Source],
+        here: World = ALONE,
     ) -> None:
-        self.args, self.base = args, base
+        self.args, self.base, self.here = args, base, here
         self.held_out: list[Item] = []
         self.panel: list[Item] = []
         if not wanted(args):
@@ -74,22 +79,27 @@ class Evaluation:
     ) -> list[Item]:
         return make_items(books, cache, tokenizer, cache.mono_side, self.args.data.workers)
 
-    def during(self, lm: LMModel, metrics: Metrics, step: int) -> None:
+    def during(self, model: TeacherForced, metrics: Metrics, step: int) -> None:
         """Log the mean NLL of the held-out recordings, and of Libri-Light where it is given.
 
         Raises:
             UserError: an NLL is not finite.
         """
+        here = self.here
         for name, items in (("held_out", self.held_out), ("librilight", self.panel)):
             if not items:
                 continue
-            with _finite(f"step {step}, {name}"):
-                scores = evaluate(lm, items, frames_per_call=self.args.eval.frames_per_call)
-            means = {f"nll_{kind}": _mean(scores.nll[kind]) for kind in KINDS}
+            mine = items[here.rank :: here.size]
+            with _finite(f"step {step}, {name}"), whole(model):
+                frames = self.args.eval.frames_per_call
+                scores = evaluate(model.lm, mine, frames_per_call=frames)
+            means = {f"nll_{kind}": _mean(scores.nll[kind], here) for kind in KINDS}
             metrics.log(name, step, means)
-            tqdm.write(f"     step {step}, {name}: codebook 0 {means['nll_codebook0']:.4f} nats")
+            if here.first:
+                nll = means["nll_codebook0"]
+                tqdm.write(f"     step {step}, {name}: codebook 0 {nll:.4f} nats")
 
-    def final(self, lm: LMModel, run_dir: Path, metrics: Metrics, step: int) -> list[str]:
+    def final(self, model: TeacherForced, run_dir: Path, metrics: Metrics, step: int) -> list[str]:
         """Compare stock base, memory kept and memory reset every window; write it all.
 
         Returns:
@@ -101,6 +111,14 @@ class Evaluation:
         items = self.panel or self.held_out
         if not items:
             return ["not evaluated: neither eval.librilight_data nor data.eval_data is given"]
+        with whole(model):
+            lines = self._final(model.lm, items, run_dir, metrics, step) if self.here.first else []
+            self.here.wait()
+        return lines
+
+    def _final(
+        self, lm: LMModel, items: Sequence[Item], run_dir: Path, metrics: Metrics, step: int
+    ) -> list[str]:
         stock = load_base(self.base, device=lm.device, dtype=lm.dtype)
         arms = 1 + (2 if self.args.ttt is not None else 1)
         total = arms * sum(item.codes.shape[-1] for item in items)
@@ -133,10 +151,11 @@ def _finite(when: str) -> Iterator[None]:
         raise UserError(f"{when}: {error}: lower the learning rate") from error
 
 
-def _mean(nll: Sequence[Array]) -> float:
-    values = np.concatenate(nll)
+def _mean(nll: Sequence[Array], here: World) -> float:
+    values = np.concatenate([*nll, np.empty(0)])
     known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else float("nan")
+    total, count = here.sum(torch.tensor([known.sum(), len(known)], dtype=torch.float64)).tolist()
+    return total / count if count else float("nan")
 
 
 def _long_enough(data: str, seconds: float) -> list[Recording]:

@@ -11,8 +11,9 @@ from typing import Any
 from finetune.checks import at_least, check, one_of, positive
 from finetune.yaml_config import Values
 from moshi_ttt.config import TTTConfig
+from moshi_ttt.errors import UserError
 
-ALIASES = {"wandb_offline": "wandb.offline"}
+ALIASES = {"wandb_offline": "wandb.offline", "state_passing": "ttt.state_passing"}
 """Names allowed on the command line -> the key they mean."""
 
 
@@ -199,7 +200,18 @@ class TrainArgs:
         ttt: the memory; null is none.
         full_finetuning: train all of the base instead of LoRA.
         duration_sec: length of a segment, what one step sees of a recording.
-        num_microbatches: batches whose gradients make one step.
+        batch_size: rows of a micro-batch, on each rank; every row is a lane.
+        num_microbatches: batches whose gradients make one step, each with lanes of its own.
+        carry_kv: lanes also carry each layer's keys and values, so that training sees what
+            streaming sees; off, attention starts empty in every segment.
+        state_reset_interval: steps after which all lanes start anew, where they are reading; 0 is
+            never.
+        tbptt_segments: segments of a lane in a step, through which gradients flow.
+        memory_start_step: steps before which the memory neither reads nor writes.
+        memory_warmup_steps: steps, from there on, in which `base_lr` rises from a tenth to all of
+            it; null is the outer warm-up.
+        max_skipped_steps: steps in a row whose loss or gradient is not a number, after which the
+            run stops.
         max_norm: gradients are clipped to this norm.
         ckpt_freq: steps between checkpoints; below 1 only the last is saved.
         num_ckpt_keep: newest checkpoints kept; null is all.
@@ -224,6 +236,12 @@ class TrainArgs:
     duration_sec: float = 10.0
     batch_size: int = 1
     num_microbatches: int = 1
+    carry_kv: bool = False
+    state_reset_interval: int = 100
+    tbptt_segments: int = 1
+    memory_start_step: int = 0
+    memory_warmup_steps: int | None = None
+    max_skipped_steps: int = 10
     max_steps: int = 100
     max_norm: float = 1.0
     optim: OptimArgs = field(default_factory=OptimArgs)
@@ -245,8 +263,10 @@ class TrainArgs:
         """Check every value."""
         check(bool(self.run_dir), "run_dir is empty: name a folder")
         at_least(self, 0, "seed", "text_padding_weight")
+        at_least(self, 0, "state_reset_interval", "memory_start_step")
         at_least(self, 1, "batch_size", "num_microbatches", "max_steps", "log_freq")
-        at_least(self, 1, "num_ckpt_keep")
+        at_least(self, 1, "num_ckpt_keep", "tbptt_segments", "memory_warmup_steps")
+        at_least(self, 1, "max_skipped_steps")
         positive(self, "duration_sec", "max_norm", "first_codebook_weight_multiplier")
         one_of(self, "param_dtype", ("bfloat16", "float32"))
         full, lora = self.full_finetuning, self.lora
@@ -267,12 +287,28 @@ class TrainArgs:
             "do_eval is true, but data.eval_data and eval.librilight_data are both empty",
         )
 
+    @property
+    def passes_states(self) -> bool:
+        """Whether the memories' states go from segment to segment."""
+        ttt = self.ttt
+        return ttt is not None and ttt.state_passing and ttt.persistent_states
+
+    @property
+    def whole_recordings(self) -> bool:
+        """Whether a lane reads recordings from end to end: something is carried through them."""
+        return self.passes_states or self.carry_kv
+
     def to_dict(self) -> dict[str, Any]:
         """The run as plain values; written as yaml, `load_args` reads the same run from it."""
         values = asdict(self)
         values["optim"]["betas"] = list(self.optim.betas)
         values["ttt"] = self.ttt.to_dict() if self.ttt else None
         return values
+
+
+_NO_MEMORY = (None, False, "", "null", "none", "None", "false", "False")
+_OFF = (False, "off", "false", "False")
+"""`ttt.memory: off` (yaml reads false) is `ttt: null` with the rest of it kept in sight."""
 
 
 def load_args(
@@ -283,12 +319,24 @@ def load_args(
     Args:
         path: a yaml file.
         overrides: dotted key -> value, text or already typed: `{"ttt.layers": "every:4"}`. A whole
-            section can be switched: `{"ttt": "false"}`.
+            section can be switched: `{"ttt": "false"}`; `{"no_state_passing": True}` is
+            `{"ttt.state_passing": False}`, and `ttt.memory` off is `ttt` null.
 
     Raises:
         UserError: every mistake in either, named by file and line or by `--key`.
     """
     values = Values.read(Path(path))
-    for key, value in (overrides or {}).items():
-        values.override(ALIASES.get(key, key), value)
+    for name, given in (overrides or {}).items():
+        key, value = name, given
+        if name.startswith("no_") and name[3:] in ALIASES:  # fire has no other way to say false
+            if given not in (True, "True", "true"):
+                raise UserError(f"--{name} takes no value, got {given!r}")
+            key, value = name[3:], False
+        key = ALIASES.get(key, key)
+        if key == ALIASES["state_passing"] and values.tree.get("ttt") in _NO_MEMORY:
+            raise UserError(f"--{name}: there is no memory to pass on states (ttt is null)")
+        values.override(key, value)
+    ttt = values.tree.get("ttt")
+    if isinstance(ttt, dict) and "memory" in ttt and ttt["memory"] in _OFF:
+        values.tree["ttt"] = None
     return values.build(TrainArgs)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from moshi.models.lm import LMModel
-from torch import Tensor
+from torch import Tensor, nn
+
+from finetune.world import World
 
 
 @dataclass(frozen=True)
@@ -48,48 +50,70 @@ class Sums:
             self.count + other.count,
         )
 
+    def over(self, world: World) -> Sums:
+        """Sums over all ranks."""
+        parts = (self.loss, self.weight, self.nll, self.count)
+        total = world.sum(torch.cat(parts)).split([len(p) for p in parts])
+        return Sums(*total)
+
     def means(self) -> dict[str, float]:
         """Mean NLL in nats by kind of token; NaN where there was none."""
         mean = (self.nll / self.count).tolist()
         return dict(zip(("nll_text", "nll_codebook0", "nll_codebooks1_7"), mean, strict=True))
 
 
+class TeacherForced(nn.Module):
+    """A Moshi as the trainer sees it: delayed sequences in, logits of the next step out.
+
+    Args:
+        lm: goes on from the lanes that are attached to it.
+    """
+
+    def __init__(self, lm: LMModel) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, sequence: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, 17, T + 1]` -> logits of steps 1 to T: text `[B, T, N]`, audio `[B, dep_q, T, M]`.
+
+        With a whole recording they are those of `LMModel.forward`, not yet put back in time.
+        """
+        hidden, text = self.lm.forward_text(sequence[..., :-1])
+        return text[:, 0], self.lm.forward_depformer_training(sequence[..., 1:], hidden)
+
+
 def token_weights(
-    lm: LMModel, codes: Tensor, text_known: Tensor, weights: LossWeights
+    lm: LMModel, targets: Tensor, text_known: Tensor, weights: LossWeights
 ) -> tuple[Tensor, Tensor]:
     """Weight of every target token: 0 where there is nothing to predict.
 
-    A codebook delayed by d steps is not predicted in the last d frames of a segment; a code of -1
-    is no target; the text of a recording without transcript is not known.
+    An initial token (a delayed codebook's first steps) and -1 are no targets; the text of a
+    recording without transcript is not known.
 
     Args:
-        lm: for its delays, padding ids and number of predicted codebooks.
-        codes: [B, 17, T].
-        text_known: [B, T] frames whose text is a target.
+        lm: for its padding ids, cards and number of predicted codebooks.
+        targets: [B, 17, T], delayed.
+        text_known: [B, T] steps whose text is a target.
         weights: how much a token counts.
 
     Returns:
         Weights of the text [B, T] and of the predicted codebooks [B, dep_q, T].
     """
-    frames = codes.shape[-1]
-    text = codes[:, 0]
+    text = targets[:, 0]
     padding = (text == lm.text_padding_token_id) | (text == lm.end_of_text_padding_id)
     text_weight = torch.where(padding, weights.text_padding, 1.0)
-    text_weight = text_weight * ((text != lm.zero_token_id) & text_known)
-    offset = lm.audio_offset
-    audio = codes[:, offset : offset + lm.dep_q]
-    audio_weight = (audio != lm.zero_token_id).to(text_weight.dtype)
+    text_weight = text_weight * ((text >= 0) & (text < lm.text_card) & text_known)
+    audio = targets[:, lm.audio_offset : lm.audio_offset + lm.dep_q]
+    audio_weight = ((audio >= 0) & (audio < lm.card)).to(text_weight.dtype)
     audio_weight[:, 0] *= weights.first_codebook
-    for k, delay in enumerate(lm.delays[offset : offset + lm.dep_q]):
-        audio_weight[:, k, max(0, frames - delay) :] = 0.0
     return text_weight, audio_weight
 
 
 def total_weight(lm: LMModel, batches: list[tuple[Tensor, Tensor]], weights: LossWeights) -> Tensor:
-    """Weight of text and audio tokens over all micro-batches of a step, [2]."""
+    """Weight of text and audio tokens over the micro-batches of a step, [2] float64."""
     total = torch.zeros(2, dtype=torch.float64)
-    for codes, text_known in batches:
-        text, audio = token_weights(lm, codes, text_known, weights)
+    for sequence, text_known in batches:
+        text, audio = token_weights(lm, sequence[..., 1:], text_known, weights)
         total += torch.stack([text.sum().double().cpu(), audio.sum().double().cpu()])
     return total
 
@@ -99,22 +123,22 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def loss_sums(
-    lm: LMModel, codes: Tensor, text_known: Tensor, weights: LossWeights
+    model: TeacherForced, sequence: Tensor, text_known: Tensor, weights: LossWeights
 ) -> tuple[Tensor, Tensor, Sums]:
     """One forward through the model.
 
     Returns:
         The weighted sums of NLL of text and of audio (to differentiate), and detached `Sums`.
     """
-    out = lm(codes)
-    text_weight, audio_weight = token_weights(lm, codes, text_known, weights)
-    # Logits at positions cut off by the delays are NaN: they are left out before any arithmetic.
+    text_logits, logits = model(sequence)
+    lm, targets = model.lm, sequence[..., 1:]
+    text_weight, audio_weight = token_weights(lm, targets, text_known, weights)
     text_on, audio_on = text_weight > 0, audio_weight > 0
     text_nll = F.cross_entropy(
-        _wide(out.text_logits[:, 0][text_on]), codes[:, 0][text_on], reduction="none"
+        _wide(text_logits[text_on]), targets[:, 0][text_on], reduction="none"
     )
-    targets = codes[:, lm.audio_offset : lm.audio_offset + lm.dep_q]
-    audio_nll = F.cross_entropy(_wide(out.logits[audio_on]), targets[audio_on], reduction="none")
+    audio = targets[:, lm.audio_offset : lm.audio_offset + lm.dep_q]
+    audio_nll = F.cross_entropy(_wide(logits[audio_on]), audio[audio_on], reduction="none")
     text_loss = (text_nll * text_weight[text_on]).sum()
     audio_loss = (audio_nll * audio_weight[audio_on]).sum()
     first = torch.zeros_like(audio_on)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import math
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import wandb
 
 from finetune.args import TrainArgs
+from moshi_ttt.files import written_whole
 
 Mode = Literal["online", "offline", "disabled", "shared"]
 TIMEOUT = 30.0
@@ -29,13 +31,17 @@ class Metrics:
     Args:
         run_dir: gets `metrics.jsonl` and, offline, `wandb/`.
         args: the run's configuration; `wandb.project` null means no wandb.
+        after_step: of a run that goes on, the step done last: lines of later ones are taken out.
+        silent: log nothing: another rank does.
     """
 
-    def __init__(self, run_dir: Path, args: TrainArgs) -> None:
-        self._file = (run_dir / "metrics.jsonl").open("a", buffering=1)
+    def __init__(
+        self, run_dir: Path, args: TrainArgs, *, after_step: int = 0, silent: bool = False
+    ) -> None:
         self._start = time.monotonic()
         self._wandb: Any = None
-        if args.wandb.project is None:
+        self._file = None if silent else _open(run_dir / "metrics.jsonl", after_step)
+        if args.wandb.project is None or silent:
             return
         about: dict[str, Any] = {
             "project": args.wandb.project,
@@ -48,7 +54,11 @@ class Metrics:
         modes: list[Mode | None] = ["offline"] if args.wandb.offline else [None, "offline"]
         for mode in modes:
             try:
-                self._wandb = wandb.init(mode=mode, **about)
+                # offline nothing can go on; and wandb holds on to the id that failed online
+                which: dict[str, Any] = {"id": secrets.token_hex(4)}
+                if mode is None:
+                    which = {"id": _wandb_id(run_dir), "resume": "allow"}
+                self._wandb = wandb.init(mode=mode, **about, **which)
                 break
             except Exception as error:  # whatever wandb raises: a mirror never stops a run
                 then = "without it" if mode else f"offline, `wandb sync {run_dir}/wandb/*` later"
@@ -61,6 +71,8 @@ class Metrics:
 
     def log(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Write one line: `{"kind", "step", "seconds", ...values}`; NaN becomes null in JSON."""
+        if self._file is None:
+            return
         seconds = round(time.monotonic() - self._start, 3)
         clean = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
         line = {"kind": kind, "step": step, "seconds": seconds} | clean
@@ -73,7 +85,8 @@ class Metrics:
 
     def close(self, *, failed: bool = False) -> None:
         """Flush and end."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         self._mirror(lambda run: run.finish(exit_code=int(failed)))
 
     def _mirror(self, do: Callable[[Any], object]) -> None:
@@ -84,3 +97,25 @@ class Metrics:
         except Exception as error:  # as above; metrics.jsonl has it all
             self._wandb = None
             logger.warning("wandb failed (%s), the run goes on without it", error)
+
+
+def _open(path: Path, after_step: int) -> TextIO:
+    """The log, to be written on, with what is at most of `after_step` in it."""
+    if path.exists():
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                kept += [line] if json.loads(line)["step"] <= after_step else []
+            except json.JSONDecodeError:  # the last one, if the run was killed writing it
+                continue
+        with written_whole(path) as beside:
+            beside.write_text("".join(f"{line}\n" for line in kept))
+    return path.open("a", buffering=1)
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """What tells wandb that a run goes on: made once, kept in the run's folder."""
+    path = run_dir / "wandb_id.txt"
+    if not path.exists():
+        path.write_text(secrets.token_hex(4))
+    return path.read_text().strip()

@@ -11,6 +11,7 @@ from moshi.models.lm import LMModel
 from torch import Tensor, nn
 
 from finetune.args import TrainArgs
+from finetune.sharding import gathered, local
 from moshi_ttt.lora import lora_layers
 from moshi_ttt.states import ttt_blocks
 
@@ -114,9 +115,8 @@ class MasterAdamW:
         for p, master in self.pairs:
             if master is not p:
                 master.grad = None if p.grad is None else p.grad.float()
-        norm = float(
-            torch.nn.utils.clip_grad_norm_([m for _, m in self.pairs], max_norm or math.inf)
-        )
+        params = [m for _, m in self.pairs]
+        norm = float(gathered(torch.nn.utils.clip_grad_norm_(params, max_norm or math.inf)))
         if math.isfinite(norm):
             self.adamw.step()
             with torch.no_grad():
@@ -132,8 +132,8 @@ class MasterAdamW:
             p.grad = master.grad = None
 
     def is_finite(self) -> bool:
-        """Whether every parameter that is trained is still a number."""
-        return all(bool(torch.isfinite(p).all()) for p, _ in self.pairs)
+        """Whether every parameter that is trained is still a number, on this rank."""
+        return all(bool(torch.isfinite(local(p)).all()) for p, _ in self.pairs)
 
 
 def schedule(args: TrainArgs) -> Callable[[int], float]:
@@ -165,12 +165,13 @@ def schedule(args: TrainArgs) -> Callable[[int], float]:
 
 
 def inner_lr_scale(args: TrainArgs) -> Callable[[int], float]:
-    """Share of `base_lr` at a step: from a tenth to all of it over the outer warm-up."""
-    warmup = max(1, round(args.optim.pct_start * args.max_steps))
-    return lambda step: min(1.0, 0.1 + 0.9 * step / warmup)
+    """Share of `base_lr` at a step: from a tenth to all of it, from `memory_start_step` on."""
+    outer = max(1, round(args.optim.pct_start * args.max_steps))
+    warmup, start = args.memory_warmup_steps or outer, args.memory_start_step
+    return lambda step: min(1.0, 0.1 + 0.9 * max(0, step - start) / warmup)
 
 
-def set_inner_lr(lm: LMModel, scale: float) -> None:
-    """Set the share of `base_lr` that the memories of a spliced model write with."""
+def set_inner_loop(lm: LMModel, scale: float, active: bool = True) -> None:
+    """Set the share of `base_lr` that the memories write with, and whether they take part."""
     for block in ttt_blocks(lm).values():
-        block.memory.lr_scale = scale
+        block.memory.lr_scale, block.active = scale, active

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -17,6 +18,13 @@ CONFIG, SUMMARY = "config.yaml", "summary.txt"
 _ADVICE = "choose another run_dir, or --overwrite_run_dir to move it aside"
 _OF_THE_FOLDER = ("run_dir", "overwrite_run_dir")
 """Keys that do not make another run of it: the folder may be spelled or have been moved."""
+_OF_THE_WAY = (
+    "batch_size", "num_microbatches", "gradient_checkpointing", "log_freq", "do_ckpt", "ckpt_freq",
+    "num_ckpt_keep", "save_adapters", "do_eval", "eval_freq", "eval.", "wandb.",
+    "max_skipped_steps", "data.eval_data", "data.codes_cache", "data.encode_workers",
+)  # fmt: skip
+"""Keys that a run may go on with another value of: they do not change what is trained (the number
+of lanes is kept, whatever the first two say)."""
 
 
 def run_dir_of(args: TrainArgs) -> Path:
@@ -24,10 +32,15 @@ def run_dir_of(args: TrainArgs) -> Path:
     return Path(args.run_dir).expanduser()
 
 
-def finished_summary(run_dir: Path, args: TrainArgs) -> str | None:
-    """The summary of this very run if it is there and finished; None if it may begin.
+def finished_summary(run_dir: Path, args: TrainArgs, *, resume: bool = False) -> str | None:
+    """The summary of this very run if it is there and finished; None if it may begin or go on.
 
     Nothing is written.
+
+    Args:
+        run_dir: of the run.
+        args: of the run.
+        resume: it may be there, unfinished, and keys that do not change what is trained may differ.
 
     Raises:
         UserError: the folder holds something else, or cannot be made.
@@ -41,41 +54,72 @@ def finished_summary(run_dir: Path, args: TrainArgs) -> str | None:
             "choose another run_dir"
         )
     if args.overwrite_run_dir:
+        if resume:
+            raise UserError("--resume and --overwrite_run_dir contradict each other")
         return None
-    there, here = _flat(load_args(run_dir / CONFIG).to_dict()), _flat(args.to_dict())
-    if differ := [k for k in sorted(here | there) if here.get(k) != there.get(k)]:
-        key = differ[0]
+    finished = (run_dir / SUMMARY).is_file()
+    there = load_args(run_dir / CONFIG).to_dict()
+    if difference := _difference(there, args.to_dict(), free=resume and not finished):
         raise UserError(
-            f"run_dir {run_dir} holds a run with another config "
-            f"({key}: {there.get(key)!r}, now {here.get(key)!r}); {_ADVICE}"
+            f"run_dir {run_dir} holds a run with another config ({difference}); {_ADVICE}"
         )
-    if not (run_dir / SUMMARY).is_file():
-        raise UserError(f"run_dir {run_dir} holds this run, unfinished; {_ADVICE}")
-    return (run_dir / SUMMARY).read_text()
+    if not finished and not resume:
+        raise UserError(
+            f"run_dir {run_dir} holds this run, unfinished; --resume goes on with it; {_ADVICE}"
+        )
+    return (run_dir / SUMMARY).read_text() if finished else None
 
 
-def begin_run_dir(run_dir: Path, args: TrainArgs) -> Path | None:
+def check_same_run(config: dict[str, Any], args: TrainArgs, where: Path) -> None:
+    """See that a saved state may go on under `args`.
+
+    Raises:
+        UserError: a key differs that changes what is trained.
+    """
+    if difference := _difference(config, args.to_dict(), free=True):
+        raise UserError(f"{where} was saved by a run with another config ({difference})")
+
+
+def _difference(there: dict[str, Any], here: dict[str, Any], *, free: bool) -> str | None:
+    """The first key that differs, with both values."""
+    before, now = _flat(there), _flat(here)
+    for key in sorted(now | before):
+        if free and key.startswith(_OF_THE_WAY):
+            continue
+        if now.get(key) != before.get(key):
+            return f"{key}: {before.get(key)!r}, now {now.get(key)!r}"
+    return None
+
+
+def begin_run_dir(run_dir: Path, args: TrainArgs, *, resume: bool = False) -> Path | None:
     """Make the folder with its config.yaml, whole or not at all.
 
     Returns:
-        Where an older run was moved to, None if there was none.
+        Where an older run was moved to, None if there was none or it goes on (`resume`).
     """
     aside = None
     if _in_use(run_dir):
+        if resume:
+            _write_config(run_dir, args)
+            return None
         run_dir = run_dir.absolute()  # "." has no name to change
         aside = _free_name(run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
         run_dir.rename(aside)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        values = args.to_dict() | {"overwrite_run_dir": False}
-        with written_whole(run_dir / CONFIG) as beside:
-            beside.write_text(yaml.safe_dump(values, sort_keys=False))
+        _write_config(run_dir, args)
     except BaseException:
         shutil.rmtree(run_dir, ignore_errors=True)
         if aside is not None:
             aside.rename(run_dir)
         raise
     return aside
+
+
+def _write_config(run_dir: Path, args: TrainArgs) -> None:
+    values = args.to_dict() | {"overwrite_run_dir": False}
+    with written_whole(run_dir / CONFIG) as beside:
+        beside.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
 def finish_run_dir(run_dir: Path, summary: str) -> None:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from moshi.models.lm import LMModel
 from torch import Tensor
 
 from finetune.data.loader import Batch
-from finetune.loss import LossWeights, Sums, loss_sums, total_weight
+from finetune.loss import LossWeights, Sums, TeacherForced, loss_sums, total_weight
 from finetune.optim import MasterAdamW
+from finetune.sharding import gathered
+from finetune.world import ALONE, World
 from moshi_ttt.hybrid import HybridLMModel
-from moshi_ttt.states import attach_ttt_states, ttt_blocks
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient that is not a number, with the step and the recordings in it."""
+from moshi_ttt.lanes import linked_segments, put_lanes, reset_lanes, take_lanes, use_slot
+from moshi_ttt.states import reset_ttt_states, ttt_blocks
 
 
 @dataclass
@@ -26,86 +27,146 @@ class StepResult:
 
     Attributes:
         loss: weighted mean NLL of the text plus that of the audio, in nats.
-        sums: the sums behind it, over all micro-batches.
+        sums: the sums behind it, over all micro-batches of all ranks.
         grad_norm: before clipping.
         tokens: target tokens.
-        state_norms: [2, segments] of the memories at the end of each, see `state_norms`.
+        frames: frames that were there.
+        segments: of all lanes and ticks.
+        begun: segments whose recording began.
+        passed: segments that went on from a lane's segment before.
+        state_norms: [2, rows] of the memories at the end of each segment, see `state_norms`; of
+            this rank.
+        bad: None, or why nothing was updated: a loss or gradient that is not a number, with the
+            recordings and positions in it.
     """
 
     loss: float
     sums: Sums
     grad_norm: float
     tokens: int
-    state_norms: Tensor = field(default_factory=lambda: torch.zeros(2, 0))
+    frames: int
+    segments: int
+    begun: int
+    passed: int
+    state_norms: Tensor
+    bad: str | None
 
 
 def train_step(
-    lm: LMModel,
-    batches: list[Batch],
+    model: TeacherForced,
+    ticks: Sequence[Sequence[Batch]],
     optimizer: MasterAdamW,
     weights: LossWeights,
     *,
     max_norm: float,
-    step: int,
+    pass_states: bool = True,
+    reset: bool = False,
+    world: World = ALONE,
 ) -> StepResult:
     """Forward and backward of every micro-batch, then one update.
 
-    The loss is sum(weight * NLL) / sum(weight), for text and for audio, both sums over the whole
-    global batch: how it is cut into micro-batches does not change the gradient. A kind of token
-    that the batch has none of is left out.
+    Every lane goes on by one segment a tick; gradients flow through all ticks of a step, and stop
+    at its beginning. Rows whose recording begins start anew. The loss is
+    sum(weight * NLL) / sum(weight), for text and for audio, both sums over the whole global batch:
+    how it is cut into micro-batches and ranks does not change the gradient. A kind of token that
+    the batch has none of is left out.
 
-    Raises:
-        NonFiniteError: naming step and recordings; nothing was updated.
+    With a loss or gradient that is not a number nothing is updated, and the lanes go on from where
+    they were before the step; a lane whose recording began in it starts anew at its next segment.
+
+    Args:
+        model: with lanes attached for these batches (`attach_lanes`), if anything is to be carried.
+        ticks: of each tick the micro-batches, one a slot.
+        optimizer: cleared at the end.
+        weights: how much a token counts.
+        max_norm: gradients are clipped to this norm.
+        pass_states: hand the memories' states from segment to segment; otherwise each segment
+            starts from W0. Keys and values are carried where `carry_kv` says so, either way.
+        reset: let all lanes start anew first, wherever they are reading.
+        world: the ranks whose batches make up the global batch.
     """
-    device = lm.device
-    moved = [(b.codes.to(device), b.text_mask.to(device)) for b in batches]
-    text_total, audio_total = total_weight(lm, moved, weights).tolist()
+    lm, device = model.lm, model.lm.device
+    moved = [
+        [(b.sequence.to(device), b.text_mask.to(device)) for b in batches] for batches in ticks
+    ]
+    flat = [batch for batches in moved for batch in batches]
+    text_total, audio_total = world.sum(total_weight(lm, flat, weights)).tolist()
+    if reset:
+        reset_lanes(lm)
+    before = take_lanes(lm)
     total: Sums | None = None
     norms: list[Tensor] = []
-    for batch, (codes, text_known) in zip(batches, moved, strict=True):
-        carried = isinstance(lm, HybridLMModel) and lm.ttt_config.persistent_states
-        if carried:
-            # Fresh lanes: every segment starts from W0, and the state it ends in can be measured.
-            attach_ttt_states(lm, len(codes))
-        text_loss, audio_loss, sums = loss_sums(lm, codes, text_known, weights)
-        if carried:
-            norms.append(state_norms(lm))  # before the update moves W0
-        loss = audio_loss / max(audio_total, 1e-12)
-        if text_total > 0:
-            loss = loss + text_loss / text_total
-        if not torch.isfinite(loss):
-            optimizer.clear()
-            raise NonFiniteError(f"step {step}: loss is {loss.item()} on {batch.describe()}")
-        loss.backward()
-        total = sums if total is None else total + sums
+    bad: list[str] = []
+    linked = linked_segments(lm) if len(ticks) > 1 else nullcontext()
+    with linked:
+        for slot in range(len(ticks[0])):
+            use_slot(lm, slot)
+            loss = torch.zeros((), device=device)
+            for batches, tensors in zip(ticks, moved, strict=True):
+                reset_lanes(lm, batches[slot].begins)
+                if not pass_states and isinstance(lm, HybridLMModel):
+                    reset_ttt_states(lm, torch.ones_like(batches[slot].begins))
+                text_loss, audio_loss, sums = loss_sums(model, *tensors[slot], weights)
+                norms.append(state_norms(lm))  # before the update moves W0
+                loss = loss + audio_loss / max(audio_total, 1e-12)
+                if text_total > 0:
+                    loss = loss + text_loss / text_total
+                total = sums if total is None else total + sums
+                number = float(sums.loss.sum())
+                if not math.isfinite(number):
+                    bad.append(f"loss is {number} on {batches[slot].describe()}")
+            # also of a loss that is no number: in a sharded model the other ranks wait for it
+            (loss * world.size).backward()  # FSDP takes the mean over the ranks
     assert total is not None
     norm = optimizer.step(max_norm)
-    if not math.isfinite(norm):
-        names = "; ".join(batch.describe() for batch in batches)
-        raise NonFiniteError(f"step {step}: gradient norm is {norm} on {names}")
+    if not math.isfinite(norm) and not bad:
+        names = "; ".join(b.describe() for batches in ticks for b in batches)
+        bad.append(f"gradient norm is {norm} on {names}")
+    reasons = [] if math.isfinite(norm) else [r for found in world.gather(bad) for r in found]
+    if reasons:
+        put_lanes(lm, before)
+        _start_anew(lm, ticks)
+    total = total.over(world)
     text, audio = total.loss.tolist()
     value = (text / text_total if text_total > 0 else 0.0) + audio / max(audio_total, 1e-12)
+    begins = torch.stack([torch.cat([b.begins for b in batches]) for batches in ticks])
+    goes_on = ~begins
+    goes_on[0] &= not reset
+    heard = sum(sum(b.frames) for batches in ticks for b in batches)
+    counts = torch.tensor([heard, begins.numel(), int(begins.sum()), int(goes_on.sum())])
+    frames, segments, begun, passed = world.sum(counts).tolist()
+    states = torch.cat(norms, 1)
+    reason = "; ".join(reasons) or None
     tokens = int(total.count.sum())
-    states = torch.cat(norms, 1) if norms else torch.zeros(2, 0)
-    return StepResult(value, total, norm, tokens, states)
+    return StepResult(value, total, norm, tokens, frames, segments, begun, passed, states, reason)
+
+
+def _start_anew(lm: LMModel, ticks: Sequence[Sequence[Batch]]) -> None:
+    """Mark the rows whose recording began in a step that is taken back."""
+    for slot in range(len(ticks[0])):
+        use_slot(lm, slot)
+        for batches in ticks:
+            reset_lanes(lm, batches[slot].begins)
 
 
 @torch.no_grad()
 def state_norms(lm: LMModel) -> Tensor:
-    """Norms of the fast weights that hang on the lanes, of all layers together, row by row.
+    """Norms of the fast weights on the lanes of the slot in turn, of all layers, row by row.
 
     Returns:
         [2, B]: the norm, and that of the distance from W0; [2, 0] where no lanes hold a state.
     """
     squares = []
-    for block in ttt_blocks(lm).values():
-        if block._lanes is None or block._lanes.state is None:
+    blocks = ttt_blocks(lm) if isinstance(lm, HybridLMModel) else {}
+    for block in blocks.values():
+        value = None if block._lanes is None else block._lanes.values[block._lanes.slot]
+        if value is None:
             return torch.zeros(2, 0)
-        state, start = block._lanes.state.fast, block.memory.params()
+        state, start = value.fast, block.memory.params()
         for key in set(state._fields) & set(start._fields):  # the fast weights: W0 has their names
-            now, w0 = getattr(state, key), getattr(start, key)
+            now, w0 = getattr(state, key), gathered(getattr(start, key))
             squares.append(torch.stack([(now - w).flatten(1).square().sum(1) for w in (0, w0)]))
-    return torch.stack(squares).sum(0).sqrt()
+    return torch.stack(squares).sum(0).sqrt() if squares else torch.zeros(2, 0)
 
 
 @torch.no_grad()
@@ -116,7 +177,7 @@ def memory_metrics(lm: LMModel, result: StepResult) -> dict[str, float]:
     its own (`persistent_states: false`).
     """
     blocks = ttt_blocks(lm).values()
-    gates = torch.cat([torch.tanh(block.gate).flatten().float() for block in blocks])
+    gates = torch.cat([torch.tanh(gathered(block.gate)).flatten().float() for block in blocks])
     norm, moved = result.state_norms.mean(1).tolist()
     return {
         "gate_mean": float(gates.mean()),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -11,215 +10,195 @@ from pathlib import Path
 import fire
 import torch
 from moshi.models.lm import LMModel
-from tqdm import tqdm
 
 from finetune import after
 from finetune.args import TrainArgs, load_args
 from finetune.corpora import prepare_corpus
 from finetune.data.codes import CodesCache
-from finetune.data.corpus import segment_frames
-from finetune.data.loader import Batch, Loader
-from finetune.data.manifest import read_sources
-from finetune.loss import LossWeights
+from finetune.data.loader import Layout, Loader
+from finetune.data.manifest import Recording, read_sources
+from finetune.loop import Loop, say
+from finetune.loss import TeacherForced
 from finetune.memory_use import check_fits
 from finetune.metrics import Metrics
 from finetune.model import build_model, check_lora_file, check_remote, find_base_of, load_codec
-from finetune.optim import MasterAdamW, inner_lr_scale, parameter_groups, schedule, set_inner_lr
-from finetune.run_dir import begin_run_dir, finish_run_dir, finished_summary, run_dir_of
-from finetune.step import NonFiniteError, StepResult, memory_metrics, train_step
-from moshi_ttt import states
-from moshi_ttt.base import Base
-from moshi_ttt.checkpoint import save_checkpoint
+from finetune.optim import MasterAdamW, parameter_groups
+from finetune.run_dir import (
+    begin_run_dir,
+    check_same_run,
+    finish_run_dir,
+    finished_summary,
+    run_dir_of,
+)
+from finetune.sharding import shard
+from finetune.signals import Stopped
+from finetune.trainer_state import TrainerState, find_state, newest_state, read_about
+from finetune.world import Rows, World, rows_of, world
 from moshi_ttt.errors import UserError, run_cli
+from moshi_ttt.hybrid import carry_kv
+from moshi_ttt.lanes import attach_lanes
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: str, **overrides: object) -> None:
+def train(config: str, *, resume: bool | str = False, **overrides: object) -> None:
     """Train as `config` says; `--key value` (dotted: `--ttt.layers every:4`) goes before the file.
 
     Args:
         config: a yaml file, e.g. configs/tiny.yaml.
-        overrides: any key of it.
+        resume: go on from the run's newest checkpoint, or from the one named; a run that is not
+            there yet is begun.
+        overrides: any key of the config.
 
     Raises:
         UserError: what the user has to change, in one line, before anything is written.
+        Stopped: by Ctrl-C or SIGTERM, the state saved.
     """
-    began = time.monotonic()
     args = load_args(config, overrides)
-    run_dir = run_dir_of(args)
-    if (finished := finished_summary(run_dir, args)) is not None:
-        say(f"{run_dir} holds this very run, finished:\n{finished}")
+    with world() as here:
+        _train(config, args, resume, here)
+
+
+def _train(config: str, args: TrainArgs, resume: bool | str, here: World) -> None:
+    began = time.monotonic()
+    run_dir, device = run_dir_of(args), here.device
+    finished = finished_summary(run_dir, args, resume=bool(resume))
+    if finished is not None:
+        say(here, f"{run_dir} holds this very run, finished:\n{finished}")
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    say(f"1/5  {config} on {device}")
+    state = _state_to_resume(run_dir, args, resume)
+    ranks = "" if here.size == 1 else f", rank 0 of {here.size}"
+    say(here, f"1/5  {config} on {device}{ranks}")
     check_lora_file(args)
     check_remote(args, device)
-    prepare_corpus(args.data.corpus)
+    if here.first:
+        prepare_corpus(args.data.corpus)
+    here.wait()
     sources = read_sources(args.data.train_data)
     held_out = read_sources(args.data.eval_data) if after.wanted(args) else []
     base = find_base_of(args)
+    lanes = None if state is None else len(read_about(state)["reading"]["lanes"])
+    rows = rows_of(args, here, lanes)
     need = check_fits(base.lm_config, args, device)
     size, free = need.parameters / 1e6, need.trainable / 1e6
-    say(f"     base {base.name}: {size:.2f} M parameters, {free:.2f} M of them trained")
-    say(f"     needs about {need.total / 2**30:.2f} GiB")
+    say(here, f"     base {base.name}: {size:.2f} M parameters, {free:.2f} M of them trained")
+    say(here, f"     needs about {need.total / 2**30:.2f} GiB")
 
     torch.manual_seed(args.seed)
     lm, spliced = build_model(base, args, device)
     if spliced is not None:
-        millions = spliced.parameters / 1e6
-        say(f"     {spliced.config.memory} in layers {spliced.layers}, {millions:.2f} M parameters")
+        where, millions = f"{spliced.config.memory} in layers {spliced.layers}", spliced.parameters
+        say(here, f"     {where}, {millions / 1e6:.2f} M parameters")
     groups = parameter_groups(lm, args)
+    trained = ", ".join(f"{g.name} {sum(p.numel() for p in g.params):,}" for g in groups)
+    model, mesh = TeacherForced(lm), None
+    if args.carry_kv:
+        size = _carry_kv(lm) * rows.here / 2**20
+        say(here, f"     keys and values of {rows.here} lanes: {size:,.1f} MiB")
+    if here.size > 1:
+        mesh = shard(model, here, lm.dtype)
+        groups = parameter_groups(lm, args)
     optimizer = MasterAdamW(groups, args.optim.betas)
+    attach_lanes(lm, rows.batch_size, rows.slots)
 
-    say("2/5  speech to codes (made once, then re-used)")
+    say(here, "2/5  speech to codes (made once, then re-used)")
     mimi, tokenizer = load_codec(base, device)
     cache = CodesCache(
         args.data.codes_cache, mimi, load_mimi=base.info.get_mimi, mono_side=args.data.mono_side
     )
-    workers = 1 if device.type == "cuda" else args.data.workers
-    cache.prepare([r for s in sources + held_out for r in s.recordings], workers)
+    _encode(cache, [r for s in sources + held_out for r in s.recordings], args, here)
     loader = Loader(
-        sources, cache, tokenizer, seconds=args.duration_sec, batch_size=args.batch_size,
-        shuffle=args.data.shuffle, seed=args.seed,
+        sources, cache, tokenizer, Layout.of(lm),
+        seconds=args.duration_sec, batch_size=rows.batch_size, slots=rows.slots,
+        whole=args.whole_recordings, shuffle=args.data.shuffle, seed=args.seed,
+        rank=here.rank, world=here.size,
     )  # fmt: skip
-    evaluation = after.Evaluation(args, base, cache, held_out)
+    evaluation = after.Evaluation(args, base, cache, held_out, here)
     del mimi
 
-    if (aside := begin_run_dir(run_dir, args)) is not None:
-        say(f"     the older run was moved to {aside}")
-    trained = ", ".join(f"{g.name} {sum(p.numel() for p in g.params):,}" for g in groups)
-    rows = args.batch_size * args.num_microbatches
-    say(f"3/5  {args.max_steps} steps of {rows} x {args.duration_sec:g} s; parameters: {trained}")
-    metrics = Metrics(run_dir, args)
+    trainer = TrainerState(lm, optimizer, loader, here, mesh)
+    if state is not None:
+        trainer.load(state)
+    done = trainer.progress["step"]
+    if here.first and (aside := begin_run_dir(run_dir, args, resume=bool(resume))) is not None:
+        say(here, f"     the older run was moved to {aside}")
+    here.wait()
+    if state is not None:
+        say(here, f"     goes on after step {done} ({state})")
+    elif resume:
+        say(here, f"     nothing to go on from in {run_dir}: begins at step 1")
+    say(here, f"3/5  {_plan(args, rows, done)}; parameters: {trained}")
+    metrics = Metrics(run_dir, args, after_step=done, silent=not here.first)
     try:
-        last = _loop(lm, loader, optimizer, args, base, metrics, evaluation, run_dir)
+        loop = Loop(args, base, model, trainer, metrics, evaluation, run_dir, here)
+        last = loop.run()
         summary = [f"trained in {(time.monotonic() - began) / 60:.1f} min"]
         if last is not None:
             summary = [f"{summary[0]}; checkpoint {last}"]
-        after.plot_curves(run_dir)
+        if here.first:
+            after.plot_curves(run_dir)
         if args.eval.eval_after_training:
-            say("4/5  evaluation beyond the attention window")
-            summary += evaluation.final(lm, run_dir, metrics, args.max_steps)
-        say("5/5  done")
+            say(here, "4/5  evaluation beyond the attention window")
+            summary += evaluation.final(model, run_dir, metrics, args.max_steps)
+        say(here, "5/5  done")
     except BaseException:
         metrics.close(failed=True)
         raise
     metrics.close()
     summary += after.next_steps(run_dir, last)
-    finish_run_dir(run_dir, "\n".join(summary) + "\n")
-    say("\n".join(summary))
+    if here.first:
+        finish_run_dir(run_dir, "\n".join(summary) + "\n")
+    say(here, "\n".join(summary))
 
 
-def say(text: str) -> None:
-    """A line for a person."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+def _state_to_resume(run_dir: Path, args: TrainArgs, resume: bool | str) -> Path | None:
+    if not resume:
+        return None
+    state = newest_state(run_dir) if resume is True else find_state(str(resume))
+    if state is not None:
+        check_same_run(read_about(state)["config"], args, state)
+    return state
 
 
-def _loop(
-    lm: LMModel,
-    loader: Loader,
-    optimizer: MasterAdamW,
-    args: TrainArgs,
-    base: Base,
-    metrics: Metrics,
-    evaluation: after.Evaluation,
-    run_dir: Path,
-) -> Path | None:
-    """Train to the last step; leaves the model as it was saved, without lanes."""
-    weights = LossWeights(args.first_codebook_weight_multiplier, args.text_padding_weight)
-    rate, inner = schedule(args), inner_lr_scale(args)
-    peaks = [group["lr"] for group in optimizer.adamw.param_groups]
-    last: Path | None = None
-    bar = tqdm(total=args.max_steps, desc="training", unit="step", dynamic_ncols=True)
-    with bar:
-        for step in range(1, args.max_steps + 1):
-            end = step == args.max_steps
-            for group, peak in zip(optimizer.adamw.param_groups, peaks, strict=True):
-                group["lr"] = peak * rate(step - 1)
-            if args.ttt is not None:
-                set_inner_lr(lm, inner(step - 1))
-            start = time.monotonic()
-            batches = [next(loader) for _ in range(args.num_microbatches)]
-            result = _step(lm, batches, optimizer, weights, args, step)
-            bar.update()
-            if step % args.log_freq == 0 or end:
-                values = _values(lm, result, optimizer, time.monotonic() - start, args)
-                metrics.log("train", step, values)
-                bar.set_postfix(
-                    loss=f"{values['loss']:.3f}", cb0=f"{values['nll_codebook0']:.3f}",
-                    tok_s=f"{values['tokens_per_second']:.0f}",
-                )  # fmt: skip
-            if args.ttt is not None:
-                set_inner_lr(lm, 1.0)  # what is saved writes at the full rate: evaluate that
-            if args.do_eval and (step % args.eval_freq == 0 if args.eval_freq > 0 else end):
-                evaluation.during(lm, metrics, step)
-            due = args.ckpt_freq > 0 and step % args.ckpt_freq == 0
-            if args.do_ckpt and (due or end):
-                last = _save(lm, optimizer, run_dir, base, args, step)
-    if args.ttt is not None:
-        states.detach_ttt_states(lm)
-    return last
-
-
-def _step(
-    lm: LMModel,
-    batches: list[Batch],
-    optimizer: MasterAdamW,
-    weights: LossWeights,
-    args: TrainArgs,
-    step: int,
-) -> StepResult:
+def _carry_kv(lm: LMModel) -> int:
     try:
-        return train_step(lm, batches, optimizer, weights, max_norm=args.max_norm, step=step)
-    except NonFiniteError as error:
-        raise UserError(f"{error}: lower the learning rate, or look at that data") from error
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"step {step}: out of GPU memory ({str(error).split('. ')[0]}): lower batch_size "
-            "(num_microbatches makes up for it) or duration_sec, or set gradient_checkpointing"
-        ) from error
+        return carry_kv(lm)
+    except ValueError as error:
+        raise UserError(f"carry_kv: {error}") from error
 
 
-def _values(
-    lm: LMModel, result: StepResult, optimizer: MasterAdamW, seconds: float, args: TrainArgs
-) -> dict[str, float]:
-    values = {"loss": result.loss, **result.sums.means(), "grad_norm": result.grad_norm}
-    values["lr"] = optimizer.adamw.param_groups[0]["lr"]
-    values["tokens_per_second"] = result.tokens / seconds
-    values["peak_memory"] = float(after.peak_memory(lm.device))
+def _encode(cache: CodesCache, recordings: list[Recording], args: TrainArgs, here: World) -> None:
+    """Every rank encodes its share; then the first makes sure that all is there."""
+    workers = 1 if here.device.type == "cuda" or here.size > 1 else args.data.workers
+    cache.prepare(recordings[here.rank :: here.size], workers)
+    here.wait()
+    if here.size > 1:
+        if here.first:
+            cache.prepare(recordings)
+        here.wait()
+
+
+def _plan(args: TrainArgs, rows: Rows, done: int) -> str:
+    """What is going to be done, in words."""
+    left = f"steps {done + 1} to {args.max_steps}" if done else f"{args.max_steps} steps"
+    segments = f"{args.tbptt_segments} x " if args.tbptt_segments > 1 else ""
+    plan = f"{left} of {rows.all} x {segments}{args.duration_sec:g} s"
     if args.ttt is not None:
-        values |= memory_metrics(lm, result)
-    return values
+        plan += ", states are passed on" if args.passes_states else ", every segment starts from W0"
+    if args.carry_kv:
+        plan += ", keys and values too"
+    if args.whole_recordings and args.state_reset_interval:
+        plan += f", reset every {args.state_reset_interval} steps"
+    return plan
 
 
-def _save(
-    lm: LMModel, optimizer: MasterAdamW, run_dir: Path, base: Base, args: TrainArgs, step: int
-) -> Path:
-    # the last update is in no loss yet
-    if not optimizer.is_finite():
-        raise UserError(f"step {step}: weights are not finite, not saved: lower the learning rate")
-    folder = run_dir / "checkpoints"
-    saved = save_checkpoint(
-        lm, folder / f"checkpoint_{step:06d}", base,
-        full=args.full_finetuning or not args.save_adapters,
-        with_embeddings=args.lora.ft_embed,
-        extra={"step": step, "segment_frames": segment_frames(args.duration_sec)},
-    )  # fmt: skip
-    there = sorted(folder.glob("checkpoint_??????"))
-    if args.num_ckpt_keep is not None:
-        for old in there[: -args.num_ckpt_keep]:
-            shutil.rmtree(old)
-    return saved
-
-
-def command(config: str, *surplus: object, **overrides: object) -> None:
+def command(config: str, *surplus: object, resume: bool | str = False, **overrides: object) -> None:
     """Train as a config says: `configs/x.yaml [--key value ...]`, dotted: `--ttt.layers every:4`.
 
     Args:
         config: a yaml file, e.g. configs/tiny.yaml.
         surplus: nothing belongs here.
+        resume: go on with a run that was interrupted; a checkpoint may be named.
         overrides: any key of the file.
 
     Raises:
@@ -227,7 +206,7 @@ def command(config: str, *surplus: object, **overrides: object) -> None:
     """
     if surplus:  # fire would train first and complain then
         raise UserError(f"one config is read; {surplus[0]!r} is too much (--key value sets a key)")
-    train(str(config), **overrides)
+    train(str(config), resume=resume, **overrides)
 
 
 def main() -> None:
@@ -235,6 +214,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         run_cli(lambda: fire.Fire(command))
+    except Stopped as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        sys.exit(128 + stopped.signum)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: checkpoints written so far stay\n")
         sys.exit(130)

@@ -16,7 +16,7 @@ from moshi_ttt.errors import UserError
 
 T = TypeVar("T")
 _NOTHING = (None, "", "null", "none", "None")
-_FALSE, _TRUE = (False, "false", "False"), (True, "true", "True")
+_FALSE, _TRUE = (False, "false", "False", "off"), (True, "true", "True", "on")
 
 
 class Values:

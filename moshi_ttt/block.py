@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,27 +11,11 @@ from moshi.modules.transformer import create_norm_fn
 from torch import Tensor, nn
 
 from moshi_ttt.config import TTTConfig
+from moshi_ttt.lanes import FRESH, HasLanes, Lanes, map_tensors, named_tensors
 from moshi_ttt.memory import build_memory
 from moshi_ttt.memory.base import MemoryState
 
 STREAMING, LANES = "streaming", "lanes"
-
-
-def named_tensors(state: tuple[Any, ...], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a (nested) NamedTuple with dotted names."""
-    for name, value in zip(state._fields, state, strict=True):  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(value, Tensor):
-            yield prefix + name, value
-        else:
-            yield from named_tensors(value, f"{prefix}{name}.")
-
-
-def map_tensors(fn: Any, *states: Any) -> Any:
-    """Apply `fn` to corresponding tensors of equal NamedTuples and rebuild one."""
-    if isinstance(states[0], Tensor):
-        return fn(*states)
-    parts = [map_tensors(fn, *values) for values in zip(*states, strict=True)]
-    return type(states[0])(*parts)
 
 
 def _rows(mask: Tensor, like: Tensor) -> Tensor:
@@ -52,22 +35,7 @@ class BlockStreamingState(State):
         self.module.memory.reset_state(self.memory, reset_mask)
 
 
-@dataclass(frozen=True)
-class Lanes:
-    """State between training segments: a value, replaced and never written into.
-
-    Attributes:
-        batch_size: rows of the batch, one lane each.
-        state: detached state after the last segment; None before the first.
-        fresh: [B] rows that start from W0 at the next segment.
-    """
-
-    batch_size: int
-    state: MemoryState | None
-    fresh: Tensor
-
-
-class HybridSeqModelingBlock(StreamingModule[BlockStreamingState]):
+class HybridSeqModelingBlock(StreamingModule[BlockStreamingState], HasLanes):
     """`tanh(gate) * memory(x)`: a memory and its gate, per channel, starting at 0.
 
     The block owns memory and gate only; attention stays the layer's. With
@@ -78,6 +46,9 @@ class HybridSeqModelingBlock(StreamingModule[BlockStreamingState]):
         num_heads: heads of the memory unless the configuration says otherwise.
         config: which memory, and how.
         norm: the host's norm, e.g. `"rms_norm_f32"`.
+
+    Attributes:
+        active: False takes the memory out of every call: it neither reads nor writes.
     """
 
     def __init__(self, width: int, num_heads: int, config: TTTConfig, norm: str) -> None:
@@ -87,26 +58,41 @@ class HybridSeqModelingBlock(StreamingModule[BlockStreamingState]):
         self.gate = nn.Parameter(torch.zeros(width))
         after = config.placement == "after_attention"
         self.norm: nn.Module | None = create_norm_fn(norm, width) if after else None
-        self._lanes: Lanes | None = None
+        self.active = True
 
     def _init_streaming_state(self, batch_size: int) -> BlockStreamingState:
         with torch.no_grad():
             state = map_tensors(lambda t: t.clone(), self.memory.init_state(batch_size))
         return BlockStreamingState(batch_size, self.gate.device, state, self)
 
-    def forward(self, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
+    def forward(
+        self, x: Tensor, state: MemoryState | None = None, fresh: Tensor | None = None
+    ) -> tuple[Tensor, MemoryState]:
         """One segment, as a function of its state.
+
+        With `detach_memory_output` no gradient of the loss reaches the memory, only the gate: it
+        breaks the learning of q, k, v, the learning rates and W0, and exists to show that.
 
         Args:
             x: [B, T, width] what the memory reads, already normalised.
-            state: the memory's state before the first frame.
+            state: the memory's state before the first frame; None is W0.
+            fresh: [B] bool, rows that start from W0 (with its gradient) in place of `state`.
 
         Returns:
             The update `tanh(gate) * memory(x)` [B, T, width] in float32 or wider, and the state
             after the last frame.
         """
-        y, state = self.memory(x, state)
-        return torch.tanh(self.gate) * y, state
+        start = self.memory.init_state(x.shape[0])
+        if state is None:
+            state = start
+        elif fresh is not None:
+            state = map_tensors(
+                lambda w0, old: torch.where(_rows(fresh, old), w0, old), start, state
+            )
+        y, after = self.memory(x, state)
+        if self.config.detach_memory_output:
+            y = y.detach()
+        return torch.tanh(self.gate) * y, after
 
     def stream(self, x: Tensor) -> Tensor:
         """The same update for the next T frames of a stream; moves the streaming state on.
@@ -132,52 +118,15 @@ class HybridSeqModelingBlock(StreamingModule[BlockStreamingState]):
                 map_tensors(lambda old, new: old.copy_(new), live, moved)
         return update
 
-    # -- lanes: the state between training segments ------------------------------------------
+    @property
+    def carries(self) -> bool:
+        """Whether there is a state to carry from segment to segment."""
+        return self.config.persistent_states
 
-    def attach_lanes(self, batch_size: int) -> None:
-        """Carry the state from call to call for `batch_size` rows, from W0 on.
-
-        Raises:
-            ValueError: the configuration says `persistent_states: false`.
-        """
-        if not self.config.persistent_states:
-            raise ValueError(
-                "persistent_states is false: every call has a fresh state, none to carry"
-            )
-        fresh = torch.ones(batch_size, dtype=torch.bool, device=self.gate.device)
-        self._lanes = Lanes(batch_size, None, fresh)
-
-    def detach_lanes(self) -> None:
-        """Let every call start from W0 again."""
-        self._lanes = None
-
-    def enter(self, batch_size: int) -> MemoryState:
-        """State at the start of a segment: the lanes', or W0 (with its gradient) for fresh rows.
-
-        Raises:
-            ValueError: lanes are attached for another batch size.
-        """
-        start = self.memory.init_state(batch_size)
-        lanes = self._lanes
-        if lanes is None:
-            return start
-        if lanes.batch_size != batch_size:
-            raise ValueError(
-                f"lanes are attached for {lanes.batch_size} rows, the batch has {batch_size}: "
-                "detach_ttt_states(model), or attach for this size"
-            )
-        if lanes.state is None:
-            return start
-        fresh = lanes.fresh
-        return map_tensors(
-            lambda w0, old: torch.where(_rows(fresh, old), w0, old), start, lanes.state
-        )
-
-    def leave(self, state: MemoryState) -> None:
-        """Hang the state after a segment, cut from its graph, on the lanes if there are any."""
-        if self._lanes is not None:
-            kept = map_tensors(lambda t: t.detach(), state)
-            self._lanes = Lanes(self._lanes.batch_size, kept, torch.zeros_like(self._lanes.fresh))
+    def lane_value(self) -> MemoryState:
+        """A state of one row."""
+        with torch.no_grad():
+            return self.memory.init_state(1)
 
     # -- save, restore, reset ----------------------------------------------------------------
 
@@ -195,8 +144,7 @@ class HybridSeqModelingBlock(StreamingModule[BlockStreamingState]):
         if streaming is not None:
             saved[STREAMING] = {n: t.clone() for n, t in named_tensors(streaming.memory)}
         if lanes is not None:
-            state = {} if lanes.state is None else dict(named_tensors(lanes.state))
-            saved[LANES] = {n: t.clone() for n, t in (state | {"fresh": lanes.fresh}).items()}
+            saved[LANES] = lanes.tensors()
         return saved
 
     def check_ttt_states(self, saved: dict[str, Any] | None, name: str = "block") -> None:
@@ -210,8 +158,8 @@ class HybridSeqModelingBlock(StreamingModule[BlockStreamingState]):
             if saved is None and not self.config.persistent_states:
                 return
             raise ValueError(f"{name}: one of model and saved state has persistent_states: false")
-        if saved["config"] != self.config.to_dict():
-            mine, theirs = self.config.to_dict(), saved["config"]
+        mine, theirs = self.config.to_dict(), TTTConfig.from_dict(saved["config"]).to_dict()
+        if mine != theirs:
             keys = [k for k in mine if mine[k] != theirs.get(k)]
             detail = ", ".join(f"{k} {theirs.get(k)!r} (here {mine[k]!r})" for k in keys)
             raise ValueError(f"{name}: the state was saved under another configuration: {detail}")
@@ -223,11 +171,8 @@ class HybridSeqModelingBlock(StreamingModule[BlockStreamingState]):
             _check(saved[STREAMING], dict(named_tensors(self._streaming_state.memory)), name)
         elif self._streaming_state is not None:
             raise ValueError(f"{name}: the model is streaming, but no stream's state was saved")
-        if saved[LANES] is not None and len(saved[LANES]) > 1:
-            rows = len(saved[LANES]["fresh"])
-            with torch.no_grad():
-                like = dict(named_tensors(self.memory.init_state(rows)))
-            _check(saved[LANES], like | {"fresh": saved[LANES]["fresh"]}, name)
+        if saved[LANES] is not None:
+            check_lanes(self, saved[LANES], name)
 
     def restore_ttt_states(self, saved: dict[str, Any] | None) -> None:
         """Put a saved state back: a stream's in place, the lanes' as a new value.
@@ -243,29 +188,40 @@ class HybridSeqModelingBlock(StreamingModule[BlockStreamingState]):
             with torch.no_grad():
                 for name, tensor in named_tensors(self._streaming_state.memory):
                     tensor.copy_(saved[STREAMING][name])
-        lanes = saved[LANES]
-        if lanes is None:
-            self._lanes = None
-            return
-        device, fresh = self.gate.device, lanes["fresh"]
-        state = None
-        if len(lanes) > 1:
-            with torch.no_grad():
-                like = self.memory.init_state(len(fresh))
-            names = iter([n for n, _ in named_tensors(like)])
-            state = map_tensors(lambda _: lanes[next(names)].to(device, copy=True), like)
-        self._lanes = Lanes(len(fresh), state, fresh.to(device, copy=True))
+        restore_lanes(self, saved[LANES])
 
     def reset_ttt_states(self, mask: Tensor | None = None) -> None:
         """Put rows (`mask` [B], default all) of the stream and of the lanes back to W0."""
-        streaming, lanes = self._streaming_state, self._lanes
+        streaming = self._streaming_state
         if streaming is not None:
             everyone = torch.ones_like(streaming.exec_mask)
             rows = everyone if mask is None else mask.to(everyone.device)
             self.memory.reset_state(streaming.memory, rows)
-        if lanes is not None:
-            fresh = torch.ones_like(lanes.fresh) if mask is None else mask.to(lanes.fresh.device)
-            self._lanes = Lanes(lanes.batch_size, lanes.state, lanes.fresh | fresh)
+        if self._lanes is not None:
+            self._lanes.reset(mask)
+
+
+def check_lanes(module: HasLanes, saved: dict[str, Tensor], name: str) -> None:
+    """Refuse saved lanes that do not fit a module.
+
+    Raises:
+        ValueError: missing or extra tensors, or other shapes.
+    """
+    if len(saved) > 1:
+        rows = saved[FRESH].numel()
+        like = {n: t.expand(rows, *t.shape[1:]) for n, t in named_tensors(module.lane_value())}
+        _check(saved, like | {FRESH: saved[FRESH]}, name)
+
+
+def restore_lanes(module: HasLanes, saved: dict[str, Tensor] | None) -> None:
+    """Hang saved lanes on a module again, as new values; None takes those it has away."""
+    if saved is None:
+        module._lanes = None
+        return
+    lanes = Lanes.load(saved, module.lane_value(), next(module.parameters()).device)
+    if module._lanes is not None:
+        lanes.slot, lanes.linked = module._lanes.slot, module._lanes.linked
+    module._lanes = lanes
 
 
 def _check(saved: dict[str, Tensor], like: dict[str, Tensor], name: str) -> None:

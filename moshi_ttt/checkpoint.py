@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from moshi_ttt.base import (
 )
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.errors import UserError
+from moshi_ttt.files import folder_written_whole
 from moshi_ttt.hybrid import BLOCK, HybridLMModel, splice
 from moshi_ttt.lora import load_lora, lora_layers, lora_state_dict
 from moshi_ttt.states import ttt_blocks
@@ -39,19 +39,24 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloa
 
 def ttt_state_dict(lm: nn.Module) -> dict[str, Tensor]:
     """The slow weights of the memories, under the names they have in the model."""
-    return {k: v for k, v in lm.state_dict().items() if f".{BLOCK}." in k}
+    return {k: v for k, v in _tensors(lm) if f".{BLOCK}." in k}
 
 
 def full_state_dict(lm: nn.Module) -> dict[str, Tensor]:
     """The base's weights under stock names, LoRA merged in where there is any; no memory."""
     out: dict[str, Tensor] = {}
     merged = {f"{n}.weight": m for n, m in lora_layers(lm).items()}
-    for key, value in lm.state_dict().items():
+    for key, value in _tensors(lm):
         if f".{BLOCK}." in key or ".lora_A." in key or ".lora_B." in key:
             continue
         stock = key.replace(".frozen_W.", ".")
         out[stock] = merged[stock].merge_weight() if stock in merged else value
     return out
+
+
+def _tensors(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    # moshi's LM has no buffers; `state_dict()` would take an FSDP model that is whole apart again
+    return lm.named_parameters()
 
 
 def save_checkpoint(
@@ -76,25 +81,25 @@ def save_checkpoint(
     Returns:
         `folder/consolidated`.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    out = beside / "consolidated"
-    try:
-        out.mkdir(parents=True)
-        _write(lm, out, base, full, with_embeddings, extra or {})
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(beside, folder)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    with folder_written_whole(folder) as beside:
+        write_consolidated(
+            lm, beside / "consolidated", base,
+            full=full, with_embeddings=with_embeddings, extra=extra,
+        )  # fmt: skip
     return folder / "consolidated"
 
 
-def _write(
-    lm: LMModel, out: Path, base: Base, full: bool, with_embeddings: bool, extra: dict[str, Any]
+def write_consolidated(
+    lm: LMModel,
+    out: Path,
+    base: Base,
+    *,
+    full: bool = False,
+    with_embeddings: bool = False,
+    extra: dict[str, Any] | None = None,
 ) -> None:
+    """Write the files of `save_checkpoint` to a new folder `out`, as they come."""
+    out.mkdir()
     layers = lora_layers(lm)
     config = {k: v for k, v in (base.info.raw_config or {}).items() if k not in LORA_KEYS}
     names = {
@@ -133,7 +138,7 @@ def _write(
     if isinstance(lm, HybridLMModel):
         about["ttt"] = lm.ttt_config.to_dict()
         _save(ttt_state_dict(lm), out / TTT_FILE)
-    (out / TTT_CONFIG_FILE).write_text(json.dumps(about | extra, indent=2) + "\n")
+    (out / TTT_CONFIG_FILE).write_text(json.dumps(about | (extra or {}), indent=2) + "\n")
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

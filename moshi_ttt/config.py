@@ -19,13 +19,20 @@ class TTTConfig:
         layers: `"all"`, `"every:N"` (layers N-1, 2N-1, ...) or a list of layer indices from 0.
         placement: `"parallel"` reads what attention reads; `"after_attention"` reads its output.
         num_heads: heads of the memory; None takes the host's.
-        chunk_size: frames between two writes (the papers call it mini-batch). Part of the trained
-            model: serving at another one is another function.
+        chunk_size: frames of a chunk (the papers call it mini-batch). Part of the trained model:
+            serving at another one is another function.
+        write_every: chunks from one write of the fast weights to the next, N; what the chunks
+            between read of their own frames is forgotten at their end. Part of the trained model.
+        writing: False is an ablation: the fast weights stay at W0 and only the slow ones are left.
         base_lr: base inner learning rate; None takes the family's.
         decay: start of the learned per-head decay towards W0 at each write; 0 is plain TTT.
         conv_width: frames seen by the short convolution on q and k.
         hidden_mult: hidden width of a fast MLP, in head widths.
         persistent_states: False gives every call a fresh state and leaves nothing to save.
+        state_passing: training goes through recordings segment by segment and hands the state on;
+            False starts every segment from W0.
+        detach_memory_output: an ablation, of training only: the loss reaches the gate but not the
+            memory, so q, k, v, the learning rates and W0 learn nothing.
 
     Raises:
         ValueError: a value out of range, named with the value.
@@ -36,11 +43,15 @@ class TTTConfig:
     placement: str = "parallel"
     num_heads: int | None = None
     chunk_size: int = 16
+    write_every: int = 1
+    writing: bool = True
     base_lr: float | None = None
     decay: float = 1e-3
     conv_width: int = 4
     hidden_mult: int = 4
     persistent_states: bool = True
+    state_passing: bool = True
+    detach_memory_output: bool = False
 
     def __post_init__(self) -> None:
         """Check every value and fill in the family's defaults."""
@@ -50,12 +61,14 @@ class TTTConfig:
             raise ValueError(f"placement {self.placement!r} is unknown; choose {list(PLACEMENTS)}")
         if not isinstance(self.layers, str):
             object.__setattr__(self, "layers", tuple(self.layers))
-        for name in ("chunk_size", "conv_width", "hidden_mult"):
+        for name in ("chunk_size", "write_every", "conv_width", "hidden_mult"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.num_heads is not None and (type(self.num_heads) is not int or self.num_heads < 1):
             raise ValueError(f"num_heads must be at least 1 or null, got {self.num_heads!r}")
+        if type(self.writing) is not bool:
+            raise ValueError(f"writing must be true or false, got {self.writing!r}")
         if self.base_lr is None:
             object.__setattr__(self, "base_lr", DEFAULT_BASE_LR[self.memory])
         elif not self.base_lr > 0:

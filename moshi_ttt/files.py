@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,28 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def staging(folder: Path) -> Path:
+    """An empty folder beside `folder` to write to, with the leftovers of an earlier one gone."""
+    beside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    return beside
+
+
+@contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """`written_whole` for a folder; one that is there is replaced."""
+    beside = staging(folder)
+    try:
+        yield beside
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(beside, folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:

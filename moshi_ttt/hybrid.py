@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,12 @@ from moshi.modules.transformer import (
     StreamingTransformer,
     StreamingTransformerLayer,
 )
-from moshi.utils.compile import no_compile
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from moshi_ttt import states
 from moshi_ttt.block import HybridSeqModelingBlock
+from moshi_ttt.carry import Carried, CarryingLayer, kv_bytes
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.memory.base import MemoryState
 
@@ -49,7 +48,7 @@ class _KeepsStates(nn.Module):
         states.reset_ttt_states(self, mask)
 
 
-class HybridStreamingTransformerLayer(StreamingTransformerLayer, _KeepsStates):
+class HybridStreamingTransformerLayer(CarryingLayer, _KeepsStates):
     """A StreamingTransformerLayer that also has a memory.
 
         h = x + layer_scale_1(attn(norm1(x)))                        the stock layer's, to the bit
@@ -61,59 +60,31 @@ class HybridStreamingTransformerLayer(StreamingTransformerLayer, _KeepsStates):
 
     seq_modeling_block: HybridSeqModelingBlock
 
-    def forward(self, x: Tensor, cross_attention_src: Tensor | None = None) -> Tensor:
-        """[B, T, width] -> [B, T, width]; moves the stream's or the lanes' state on."""
-        block = self.seq_modeling_block
-        if self.is_streaming:
-            x, _ = self._body(x, cross_attention_src, None)
-            streaming = self._streaming_state
-            assert streaming is not None
-            streaming.offset_cpu += x.shape[1]
-            return x
-        x, state = self._body(x, cross_attention_src, block.enter(x.shape[0]))
-        assert state is not None
-        block.leave(state)
-        return x
+    def _enter(self, x: Tensor) -> Carried:
+        carried, lanes = super()._enter(x), self.seq_modeling_block._lanes
+        if lanes is None:
+            return carried
+        memory, fresh = lanes.enter(x.shape[0])
+        return carried._replace(memory=memory, fresh=fresh)
 
-    def forward_checkpointed(self, x: Tensor, cross_attention_src: Tensor | None = None) -> Tensor:
-        """`forward`, keeping only inputs for the backward.
+    def _leave(self, after: Carried) -> None:
+        super()._leave(after)
+        lanes = self.seq_modeling_block._lanes
+        if lanes is not None and self.seq_modeling_block.active:
+            lanes.leave(after.memory)
 
-        The memory's state enters the recomputed function as an argument: read from an attribute,
-        a recompute would see the state of a later call and the gradient would be silently wrong.
-        """
-        block = self.seq_modeling_block
-        flat, spec = tree_flatten(block.enter(x.shape[0]))
-
-        def body(x: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
-            y, state = self._body(x, cross_attention_src, tree_unflatten(flat, spec))
-            return y, *tree_flatten(state)[0]
-
-        out = checkpoint(body, x, *flat, use_reentrant=False, preserve_rng_state=False)
-        assert out is not None
-        y, *after = out
-        block.leave(tree_unflatten(after, spec))
-        return y
-
-    def _body(
-        self, x: Tensor, cross_attention_src: Tensor | None, state: MemoryState | None
+    def _remember(
+        self, h: Tensor, normed: Tensor, carried: Carried | None
     ) -> tuple[Tensor, MemoryState | None]:
-        block = self.seq_modeling_block
-        with ExitStack() as stack:
-            if x.device.type != "cuda":
-                stack.enter_context(no_compile())
-            normed = self.norm1(x)
-            update = self.self_attn(normed, normed, normed)
-            h = x.to(update) + self.layer_scale_1(update)
-            read = normed if block.norm is None else block.norm(h)
-            if state is None:
-                remembered = block.stream(read)
-            else:
-                remembered, state = block(read, state)
-            y = h + remembered.to(h.dtype)
-            if self.cross_attention is not None:
-                assert cross_attention_src is not None
-                y = self._cross_attention_block(y, cross_attention_src)
-            return self._ff_block(y), state
+        block, state = self.seq_modeling_block, None
+        if not block.active:
+            return h, None
+        read = normed if block.norm is None else block.norm(h)
+        if carried is None:
+            remembered = block.stream(read)
+        else:
+            remembered, state = block(read, carried.memory, carried.fresh)
+        return h + remembered.to(h.dtype), state
 
 
 class HybridStreamingTransformer(StreamingTransformer, _KeepsStates):
@@ -125,8 +96,8 @@ class HybridStreamingTransformer(StreamingTransformer, _KeepsStates):
             return self._forward_stock(x, *args, **kwargs)
         dtype = x.dtype
         for layer in self.layers:
-            if isinstance(layer, HybridStreamingTransformerLayer):
-                x = layer.forward_checkpointed(x, *args, **kwargs)
+            if isinstance(layer, CarryingLayer):
+                x = layer(x, *args, recompute=True, **kwargs)
             else:
                 y = checkpoint(layer, x, *args, use_reentrant=False, **kwargs)
                 assert isinstance(y, Tensor)
@@ -161,6 +132,9 @@ class Spliced:
     layers: list[int]
     parameters: int
     config: TTTConfig
+
+
+_OURS = (CarryingLayer, HybridStreamingTransformerLayer)
 
 
 def splice(lm: LMModel, config: TTTConfig) -> Spliced:
@@ -221,6 +195,7 @@ def unsplice(lm: LMModel) -> None:
         raise ValueError("the model has no memory to take out")
     if lm.is_streaming or lm.transformer.is_streaming:
         raise ValueError("the model is streaming: unsplice after streaming ended")
+    stop_carrying_kv(lm)
     for layer in hybrid_layers(lm):
         delattr(layer, BLOCK)
         layer.__class__ = StreamingTransformerLayer  # pyright: ignore[reportAttributeAccessIssue]
@@ -228,6 +203,47 @@ def unsplice(lm: LMModel) -> None:
     lm.__class__ = LMModel  # pyright: ignore[reportAttributeAccessIssue]
     del lm.ttt_config
     _forget_streaming_children(lm)
+
+
+def carry_kv(lm: LMModel) -> int:
+    """Let the attention of every temporal layer go on from one training segment to the next.
+
+    Lanes attached afterwards (`attach_lanes`) hold each layer's last `context - 1` keys and values.
+    Streaming and calls without lanes stay stock to the bit; `stop_carrying_kv` takes it back.
+
+    Returns:
+        Bytes that one lane's keys and values take, of all layers.
+
+    Raises:
+        ValueError: an attention without a window, or a layer that is not moshi's or ours. `lm` is
+            as it was.
+    """
+    layers = list(lm.transformer.layers)
+    for i, layer in enumerate(layers):
+        if type(layer) not in (StreamingTransformerLayer, *_OURS) or layer.skip_self_attn:
+            raise ValueError(f"layer {i} is a {type(layer).__name__} without the stock attention")
+        if layer.self_attn.context is None:  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError(f"layer {i}: its attention has no window (context is null)")
+    total = 0
+    for layer in layers:
+        if type(layer) is StreamingTransformerLayer:
+            layer.__class__ = CarryingLayer
+        assert isinstance(layer, CarryingLayer)
+        layer.carries_kv = True
+        total += kv_bytes(layer)
+    lm.transformer.__class__ = HybridStreamingTransformer
+    return total
+
+
+def stop_carrying_kv(lm: LMModel) -> None:
+    """Undo `carry_kv`; lanes of keys and values are dropped."""
+    for layer in lm.transformer.layers:
+        if isinstance(layer, CarryingLayer):
+            layer._lanes, layer.carries_kv = None, False
+            if type(layer) is CarryingLayer:
+                layer.__class__ = StreamingTransformerLayer  # pyright: ignore[reportAttributeAccessIssue]
+    if not isinstance(lm, HybridLMModel):
+        lm.transformer.__class__ = StreamingTransformer
 
 
 def hybrid_layers(lm: nn.Module) -> Iterator[HybridStreamingTransformerLayer]:

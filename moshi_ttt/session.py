@@ -27,11 +27,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moshi_ttt.block import STREAMING, named_tensors
+from moshi_ttt.block import STREAMING
+from moshi_ttt.config import TTTConfig
 from moshi_ttt.engine import Engine, Sampling
 from moshi_ttt.errors import UserError
 from moshi_ttt.files import written_whole
 from moshi_ttt.hybrid import BLOCK, HybridLMModel
+from moshi_ttt.lanes import named_tensors
 from moshi_ttt.states import restore_ttt_states, save_ttt_states
 
 FORMAT = 1
@@ -235,6 +237,8 @@ def _check_model(
     engine: Engine, about: Mapping[str, Any], path: str | os.PathLike[str], *, codec: bool
 ) -> None:
     theirs, mine = about["ttt"] or {}, _config(engine) or {}
+    if theirs:  # it may be older than a key
+        theirs = TTTConfig().to_dict() | theirs
     if theirs != mine:
         if not theirs or not mine:
             raise UserError(f"{path}: one of it and the model has a memory, the other has none")

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moshi_ttt.block import HybridSeqModelingBlock
+from moshi_ttt.lanes import attach_lanes, detach_lanes, put_lanes, take_lanes
 
 TTTStates = dict[str, Any]
 """Block name -> that block's saved state (see `HybridSeqModelingBlock.save_ttt_states`)."""
@@ -55,12 +56,13 @@ def restore_ttt_states(model: nn.Module, saved: TTTStates) -> None:
 
 @contextmanager
 def preserved_ttt_states(model: nn.Module) -> Iterator[None]:
-    """Whatever happens inside, the memories are afterwards as they were before."""
-    saved = save_ttt_states(model)
+    """Whatever happens inside, the memories (and all lanes) are afterwards as they were before."""
+    saved, lanes = save_ttt_states(model), take_lanes(model)
     try:
         yield
     finally:
         restore_ttt_states(model, saved)
+        put_lanes(model, lanes)
 
 
 def reset_ttt_states(model: nn.Module, mask: Tensor | None = None) -> None:
@@ -69,17 +71,23 @@ def reset_ttt_states(model: nn.Module, mask: Tensor | None = None) -> None:
         block.reset_ttt_states(mask)
 
 
-def attach_ttt_states(model: nn.Module, batch_size: int) -> None:
+def attach_ttt_states(model: nn.Module, batch_size: int, slots: int = 1) -> None:
     """Carry the state from one training call to the next, one lane a row, starting at W0.
+
+    Args:
+        model: spliced; keys and values are carried too after `moshi_ttt.hybrid.carry_kv`.
+        batch_size: rows of a call.
+        slots: micro-batches of a step, each with lanes of its own (`moshi_ttt.lanes.use_slot`).
 
     Raises:
         ValueError: the configuration says `persistent_states: false`.
     """
-    for block in ttt_blocks(model).values():
-        block.attach_lanes(batch_size)
+    if not all(block.carries for block in ttt_blocks(model).values()):
+        raise ValueError("persistent_states is false: every call has a fresh state, none to carry")
+    attach_lanes(model, batch_size, slots)
 
 
 def detach_ttt_states(model: nn.Module) -> None:
     """Let every training call start from W0."""
-    for block in ttt_blocks(model).values():
-        block.detach_lanes()
+    ttt_blocks(model)
+    detach_lanes(model)

@@ -7,7 +7,8 @@ state it must carry is made from the definition's own state by autograd (`fast_s
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -27,23 +28,27 @@ class Memory:
         f: the memory's function of one frame (x [H, D], weights).
         shapes: width D -> shape of each weight, without the heads.
         rows: one frame of the unfinished chunk -> its row in each buffer of the fast state.
+        write_every: chunks from write to write.
     """
 
     name: str
     f: Callable[[Tensor, dict[str, Tensor]], Tensor]
     shapes: Callable[[int], dict[str, tuple[int, ...]]]
     rows: Callable[..., dict[str, Tensor]]
+    write_every: int = 1
 
     @property
-    def op(self) -> ModuleType:
-        return importlib.import_module(f"moshi_ttt.ops.{self.name}")
+    def op(self) -> SimpleNamespace:
+        op = vars(importlib.import_module(f"moshi_ttt.ops.{self.name}"))
+        forms = {n: partial(op[n], write_every=self.write_every) for n in ("chunk", "step")}
+        return SimpleNamespace(**op | forms)
 
     @property
     def naive(self) -> Callable[..., tuple[Tensor, naive.State]]:
-        return getattr(naive, self.name)
+        return partial(getattr(naive, self.name), write_every=self.write_every)
 
     def __repr__(self) -> str:
-        return self.name
+        return self.name if self.write_every == 1 else f"{self.name}-{self.write_every}"
 
 
 def _linear_rows(W, gamma, beta, k, v, eta):

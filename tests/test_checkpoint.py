@@ -168,6 +168,15 @@ def test_refusals_name_what_is_wrong(base_folder, base, tmp_path):
     with pytest.raises(UserError, match="chunk_size 5, not 16"):
         load(folder, ttt=TTTConfig(layers="all", num_heads=2))
 
+    def older(out):
+        about = json.loads((out / "ttt.json").read_text())
+        del about["ttt"]["write_every"], about["ttt"]["writing"]
+        (out / "ttt.json").write_text(json.dumps(about))
+
+    assert load(damaged("older", older)).ttt == load(folder).ttt
+    with pytest.raises(UserError, match="write_every 1, not 2"):
+        load(folder, ttt=TTTConfig(layers="all", chunk_size=5, num_heads=2, write_every=2))
+
     def edit(file, change):
         def apply(out):
             tensors = load_file(out / file)

@@ -1,5 +1,7 @@
 """What holds for every memory: the fast forms are the definition, in value and in gradient."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,7 +24,8 @@ from tests.contract import (
     take,
 )
 
-every_memory = pytest.mark.parametrize("memory", MEMORIES_UNDER_TEST, ids=repr)
+ROWS = [replace(m, write_every=N) for N in (1, 2, 3) for m in MEMORIES_UNDER_TEST]
+every_memory = pytest.mark.parametrize("memory", ROWS, ids=repr)
 
 
 # 1. One function, three forms.
@@ -32,7 +35,8 @@ every_memory = pytest.mark.parametrize("memory", MEMORIES_UNDER_TEST, ids=repr)
 @pytest.mark.parametrize("decay", [None, 0.0, 0.3])
 @pytest.mark.parametrize("C", [1, 3, 4, 16])
 def test_definition_chunk_and_step_are_one_function(memory, C, decay):
-    slow, frames = make_slow(memory, C=C, decay=decay), make_frames(T=2 * C + C // 2 + 1)
+    T = 2 * C * memory.write_every + C // 2 + 1
+    slow, frames = make_slow(memory, C=C, decay=decay), make_frames(T=T)
     p = params(memory, slow)
     with torch.no_grad():
         expected, end = run_naive(memory, slow, frames)
@@ -152,10 +156,29 @@ BREAKS = (
 )
 
 
-@every_memory
-@pytest.mark.parametrize("break_it", BREAKS, ids=lambda f: f.__name__)
+def chunks_counted_from_one(monkeypatch):
+    right = naive.writes
+    monkeypatch.setattr(naive, "writes", lambda c, N: right(c + 1, N))
+
+
+def first_chunk_of_N_written(monkeypatch):
+    monkeypatch.setattr(naive, "writes", lambda c, N: c % N == 0)
+
+
+def every_chunk_written(monkeypatch):
+    monkeypatch.setattr(naive, "writes", lambda c, N: True)
+
+
+MISCOUNTS = (chunks_counted_from_one, first_chunk_of_N_written, every_chunk_written)
+
+
+@pytest.mark.parametrize(
+    ("memory", "break_it"),
+    [(m, f) for m in ROWS for f in BREAKS + MISCOUNTS * (m.write_every > 1)],
+    ids=lambda x: getattr(x, "__name__", repr(x)),
+)
 def test_the_contract_sees_a_broken_equation(memory, break_it, monkeypatch):
-    slow, frames = make_slow(memory, C=4), make_frames(T=9)
+    slow, frames = make_slow(memory, C=4), make_frames(T=8 * memory.write_every + 1)
     p = params(memory, slow)
     with torch.no_grad():
         actual, _ = memory.op.chunk(p, memory.op.init_state(p, 2), **frames)
@@ -170,7 +193,7 @@ def test_the_contract_sees_a_broken_equation(memory, break_it, monkeypatch):
 
 
 @every_memory
-def test_a_frame_changes_no_output_before_it(memory):
+def test_a_frame_changes_no_output_before_it_nor_after_a_chunk_that_is_not_written(memory):
     slow, frames, T = make_slow(memory), make_frames(T=11), 11
     p = params(memory, slow)
     with torch.no_grad():
@@ -178,6 +201,8 @@ def test_a_frame_changes_no_output_before_it(memory):
             p, memory.op.init_state(p, 2), **make_frames(7, T=5), lengths=torch.tensor([5, 2])
         )
         before, _ = memory.op.chunk(p, clone(start), **frames)
+        c = (start.pos[:, None] + torch.arange(T)) // 4
+        written = (c + 1) % memory.write_every == 0
         for t in range(T):
             changed = {name: x.clone() for name, x in frames.items()}
             changed["q"][:, :, t] = changed["q"][:, :, t].flip(-1)
@@ -186,7 +211,10 @@ def test_a_frame_changes_no_output_before_it(memory):
             changed["eta"][:, :, t] *= 2
             after, _ = memory.op.chunk(p, clone(start), **changed)
             assert torch.equal(after[:, :, :t], before[:, :, :t])
-            assert (after[:, :, t:] != before[:, :, t:]).any(-1).float().mean() > 0.7
+            reached = written[:, t, None] | (c == c[:, t, None])
+            differs = (after != before).any(-1)[:, :, t:].transpose(1, 2)
+            assert not differs[~reached[:, t:]].any()
+            assert differs[reached[:, t:]].float().mean() > 0.7
 
 
 @every_memory
@@ -261,7 +289,8 @@ def assert_same_gradients(actual, expected, tolerance=1e-12):
 @every_memory
 @pytest.mark.parametrize("C", [1, 4, 16])
 def test_outer_gradients_are_double_backward_through_the_definition(memory, C):
-    slow, frames = make_slow(memory, C=C), make_frames(T=2 * C + C // 2 + 1)
+    T = 2 * C * memory.write_every + C // 2 + 1
+    slow, frames = make_slow(memory, C=C), make_frames(T=T)
     assert_same_gradients(*(gradients(memory, slow, frames, None, f) for f in ("fast", "naive")))
 
 
@@ -274,9 +303,10 @@ def a_state(memory, slow, lengths):
 
 @every_memory
 @pytest.mark.parametrize("lengths", [None, [8, 3]])
-def test_outer_gradients_of_a_carried_state(memory, lengths):
+@pytest.mark.parametrize("at", [[6, 3], [6, 2]])  # [6, 2]: one place, but of different chunks
+def test_outer_gradients_of_a_carried_state(memory, at, lengths):
     slow, frames = make_slow(memory), make_frames(T=8)
-    start = a_state(memory, slow, [6, 3])
+    start = a_state(memory, slow, at)
     actual, expected = (
         gradients(memory, slow, frames, start, f, lengths) for f in ("fast", "naive")
     )
@@ -401,7 +431,7 @@ def test_float32_streamed_is_chunked(memory):
     with torch.no_grad():
         chunked, end = memory.op.chunk(p, memory.op.init_state(p, 2), **frames)
     stepped, last = stream(memory, slow, frames)
-    assert 3 < chunked.abs().max() < 10
+    assert 3 < chunked.abs().max() < 11
     assert (chunked - stepped).abs().max() <= 1e-5
     wanted = live(memory, end, 16)
     for name, x in live(memory, last, 16).items():
@@ -472,10 +502,10 @@ def test_a_stale_row_of_a_buffer_never_leaks(memory):
 
 @every_memory
 def test_the_memory_learns_what_is_repeated(memory):
-    D, n = 16, 8
+    D, n, N = 16, 20, memory.write_every  # 5 chunks: each has its turn to be written
     slow = make_slow(memory, D=D, C=4, decay=None)
     slow["delta"] = torch.zeros_like(slow["delta"])
-    frames = {x: torch.cat([f] * 60, dim=2) for x, f in make_frames(B=1, T=n, D=D).items()}
+    frames = {x: torch.cat([f] * 30 * N, dim=2) for x, f in make_frames(B=1, T=n, D=D).items()}
     frames["eta"] = torch.full_like(frames["eta"], 0.5 / D)
     W0 = {name: slow[name] for name in memory.shapes(D)}
     p = params(memory, slow)
@@ -488,8 +518,8 @@ def test_the_memory_learns_what_is_repeated(memory):
 
     with torch.no_grad():
         start = memory.op.init_state(p, 1)
-        _, first = memory.op.chunk(p, start, **take(frames, slice(0, 4)))
-        _, once = memory.op.chunk(p, start, **take(frames, slice(0, n)))
+        _, first = memory.op.chunk(p, start, **take(frames, slice(0, 4 * N)))
+        _, once = memory.op.chunk(p, start, **take(frames, slice(0, n * N)))
         _, last = memory.op.chunk(p, start, **frames)
     for name, w0 in W0.items():
         assert (getattr(first, name)[0] - w0).abs().max() > 1e-3, f"{name} did not move"

@@ -63,9 +63,15 @@ def test_a_streamed_frame_reads_nothing_on_the_host(family, placement, persisten
     )
 
 
-def test_the_test_can_fail(monkeypatch):
-    lm = on_meta()
-    monkeypatch.setattr(stream._Masked, "at_boundary", lambda self: bool(self.done.any()))
+@every_memory
+def test_a_streamed_frame_whose_chunk_may_not_be_written_reads_nothing_either(family):
+    stream_two_rows(on_meta(memory=family, write_every=2))
+
+
+@pytest.mark.parametrize("decision", ["at_boundary", "writes"])
+def test_the_test_can_fail(decision, monkeypatch):
+    lm = on_meta(write_every=2)
+    monkeypatch.setattr(stream._Masked, decision, lambda self: bool(self.done.any()))
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
         stream_two_rows(lm)
     with pytest.raises(AssertionError, match="tensor on cpu"), OnlyOnMeta():
@@ -78,10 +84,10 @@ def test_training_makes_every_tensor_on_the_models_device(family, apart, monkeyp
     """Host reads are allowed there, of positions and of tau: they get what they would find."""
     of = Grid.of.__func__
 
-    def read_elsewhere(cls, pos, H, C, T, lengths):
+    def read_elsewhere(cls, pos, *args):
         with _disable_current_modes():
             here = torch.arange(len(pos)) if apart else torch.zeros(len(pos), dtype=torch.int64)
-            grid = of(cls, here, H, C, T, lengths)
+            grid = of(cls, here, *args)
             moved = {k: v.to(META) for k, v in vars(grid).items() if isinstance(v, torch.Tensor)}
         return dataclasses.replace(grid, **moved)
 

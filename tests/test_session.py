@@ -206,6 +206,26 @@ def test_another_model_is_refused_with_the_reason(saved, kind, other):
         assert same(snapshot(engine), before)
 
 
+@pytest.mark.parametrize(
+    ("save", "load"), [(save_session, load_session), (save_memory, load_memory)]
+)
+def test_a_file_older_than_a_key_means_its_default(save, load, tmp_path, monkeypatch):
+    right, path = session._config, tmp_path / "older"
+
+    def older(engine):
+        return {k: v for k, v in right(engine).items() if k not in ("write_every", "writing")}
+
+    with engine_for() as engine:
+        run(engine, noise(6))
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "_config", older)
+            save(engine, path)
+        load(engine, path)
+    with engine_for(hybrid(write_every=2)) as engine:
+        with pytest.raises(UserError, match="write_every 1, not 2"):
+            load(engine, path)
+
+
 def test_another_codec_ends_a_session_but_not_a_memory(saved):
     with engine_for(mimi_seed=1) as engine:
         load_memory(engine, saved / "memory")

@@ -5,9 +5,9 @@ import torch
 
 import finetune
 import moshi_ttt.states as states
-from moshi_ttt.block import named_tensors
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.hybrid import hybrid_layers, splice
+from moshi_ttt.lanes import named_tensors
 from tests.small import randomise_memories, small_lm
 from tests.test_hybrid import codes_for
 
@@ -201,21 +201,6 @@ def test_a_fresh_row_gives_its_gradient_to_w0():
     states.reset_ttt_states(lm, torch.tensor([True, False]))
     loss_of(lm, codes_for(lm, 2, 8, 1)).backward()
     assert w0.grad.abs().max() > 0
-
-
-def test_two_segments_with_lanes_equal_one_in_the_memory():
-    lm = spliced()
-    block = lm.transformer.layers[0].seq_modeling_block
-    x = torch.randn(2, 23, lm.dim, dtype=torch.float64)
-    whole, state = block(x, block.memory.init_state(2))
-    block.attach_lanes(2)
-    parts = []
-    for piece in (x[:, :9], x[:, 9:]):
-        y, after = block(piece, block.enter(2))
-        block.leave(after)
-        parts.append(y)
-    assert (torch.cat(parts, 1) - whole).abs().max() < 1e-13
-    assert (block.enter(2).fast.W1 - state.fast.W1).abs().max() < 1e-13
 
 
 def test_without_persistence_every_call_is_fresh_and_nothing_is_saved():

@@ -180,8 +180,10 @@ class DenseOp:
         v: Tensor,
         eta: Tensor,
         exec_mask: Tensor | None = None,
+        write_every: int = 1,
     ) -> Tensor:
         """Pass one frame, all rows."""
+        assert write_every == 1
         W, grad, C = state.W, state.grad, params.delta.shape[0]
         gamma, beta = params.gamma.unsqueeze(1), params.beta.unsqueeze(1)
         t = state.pos % C

@@ -13,8 +13,8 @@ from moshi.utils.compile import no_cuda_graph
 from torch import Tensor
 
 from eval.bench.gpu_model import clean, peaks, synchronise
-from moshi_ttt.block import named_tensors
 from moshi_ttt.engine import WARM_UP_FRAMES
+from moshi_ttt.lanes import named_tensors
 from moshi_ttt.states import ttt_blocks
 
 TOLERANCE = {torch.bfloat16: 2.0**-5, torch.float32: 1e-4}

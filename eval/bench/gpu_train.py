@@ -13,10 +13,10 @@ from moshi.models.lm import LMModel
 from eval.bench.gpu_model import Shape, clean, peaks, synchronise
 from finetune.args import DataArgs, LoraArgs, TrainArgs
 from finetune.data.loader import Batch
-from finetune.loss import LossWeights
+from finetune.loss import LossWeights, TeacherForced
 from finetune.optim import MasterAdamW, parameter_groups
 from finetune.step import train_step
-from moshi_ttt.states import detach_ttt_states
+from moshi_ttt.lanes import attach_lanes, detach_lanes
 
 
 def largest_batch(fits: Callable[[int], bool], most: int) -> int:
@@ -75,8 +75,7 @@ def steps(
             raise
     for parameter in lm.parameters():
         parameter.grad = None
-    if args.ttt is not None:
-        detach_ttt_states(lm)
+    detach_lanes(lm)
     clean(lm.device)
     return done
 
@@ -94,15 +93,17 @@ def timed(lm: LMModel, args: TrainArgs, shape: Shape, rows: int, count: int) -> 
     device, frames = lm.device, shape.frames
     optimizer = MasterAdamW(parameter_groups(lm, args), args.optim.betas)
     weights = LossWeights(args.first_codebook_weight_multiplier, args.text_padding_weight)
-    codes = torch.randint(lm.card, (rows, lm.num_codebooks, frames))
-    codes[:, 0] = torch.randint(lm.text_card, (rows, frames))
+    codes = torch.randint(lm.card, (rows, lm.num_codebooks, frames + 1))
+    codes[:, 0] = torch.randint(lm.text_card, (rows, frames + 1))
     known = torch.ones(rows, frames, dtype=torch.bool)
-    batch = Batch(codes, known, ("random codes",) * rows, (0,) * rows, (frames,) * rows)
+    begins = torch.ones(rows, dtype=torch.bool)
+    batch = Batch(codes, known, begins, ("random codes",) * rows, (0,) * rows, (frames,) * rows)
+    attach_lanes(lm, rows)
     seconds, tokens = [], 0
-    for step in range(1, count + 1):
+    for _ in range(count):
         synchronise(device)
         begin = time.perf_counter()
-        done = train_step(lm, [batch], optimizer, weights, max_norm=args.max_norm, step=step)
+        done = train_step(TeacherForced(lm), [[batch]], optimizer, weights, max_norm=args.max_norm)
         synchronise(device)
         seconds.append(time.perf_counter() - begin)
         tokens = done.tokens

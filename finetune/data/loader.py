@@ -1,63 +1,66 @@
-"""Segments to batches, mixed by weight, in an order that can be resumed."""
+"""Segments to micro-batches of delayed codes, for the lanes of one rank."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
+from moshi.models.lm import LMModel
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from finetune.data.codes import CodesCache
-from finetune.data.corpus import Segment, make_corpora
+from finetune.data.corpus import Corpus, make_corpora, segment_frames
 from finetune.data.interleaver import FRAME_RATE
 from finetune.data.manifest import Source
+from finetune.data.reading import Piece, Reading
 
 NOTHING = -1
 """The token of a frame that is not there; Moshi's `zero_token_id`: no input, no target."""
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Segments padded to one length.
+class Layout:
+    """How a model lays codes out in time.
 
     Attributes:
-        codes: int64 `[B, 1 + 2K, T]`: text, K rows of Moshi, K of the user; not delayed; -1 past a
-            segment's end.
-        text_mask: bool `[B, T]`: where the text row is a target. In a recording without transcript
-            nowhere, though it is fed padding there.
+        delays: steps by which each row is late.
+        initial: int64 `[K]`, the token of each row before its first code.
+    """
+
+    delays: tuple[int, ...]
+    initial: Tensor
+
+    @classmethod
+    def of(cls, lm: LMModel) -> Layout:
+        """The layout of a model."""
+        return cls(tuple(lm.delays), lm._get_initial_token()[0, :, 0].cpu())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive segments of some lanes, padded to one length.
+
+    Attributes:
+        sequence: int64 `[B, K, T + 1]`, delayed once per recording, as `LMModel.forward` does it:
+            step s is fed to predict step s + 1, the first step of a recording is the initial token.
+            -1 past a segment's end.
+        text_mask: bool `[B, T]`: where the text predicted is a target. In a recording without
+            transcript nowhere, though it is fed padding there.
+        begins: bool `[B]`: rows whose lane starts anew.
         names: audio file of each row.
         starts: first frame of each row within its recording.
         frames: frames of each row that are there.
     """
 
-    codes: Tensor
+    sequence: Tensor
     text_mask: Tensor
+    begins: Tensor
     names: tuple[str, ...]
     starts: tuple[int, ...]
     frames: tuple[int, ...]
-
-    @classmethod
-    def collate(cls, segments: Sequence[Segment], frames: int) -> Batch:
-        """Pad segments to `frames` frames."""
-        rows = segments[0].codes.shape[0]
-        codes = torch.full((len(segments), rows, frames), NOTHING, dtype=torch.int64)
-        text_mask = torch.zeros(len(segments), frames, dtype=torch.bool)
-        for row, segment in enumerate(segments):
-            length = segment.codes.shape[-1]
-            codes[row, :, :length] = segment.codes
-            text_mask[row, :length] = segment.text_known
-        return cls(
-            codes,
-            text_mask,
-            tuple(s.name for s in segments),
-            tuple(s.start for s in segments),
-            tuple(s.codes.shape[-1] for s in segments),
-        )
 
     def describe(self) -> str:
         """Recordings and positions, for messages."""
@@ -65,21 +68,39 @@ class Batch:
         return ", ".join(f"{name} from {start / FRAME_RATE:.1f} s" for name, start in rows)
 
 
-class Loader:
-    """Batches without end. Every corpus is read in epochs of its own, each segment once in each.
+def delayed(corpus: Corpus, index: int, start: int, stop: int, layout: Layout) -> Tensor:
+    """Steps `start` to `stop` of a recording's delayed sequence, `[K, stop - start + 1]`.
 
-    Which corpus a segment comes from is decided by the weights without chance: always the one that
-    is furthest behind its share. With the seed, the numbers of segments drawn from each corpus are
-    the whole state. Batches are always full: an epoch's last is filled from the next epoch.
+    Row k shows at step s the code of frame `s - 1 - delay_k`, before the first the initial token:
+    what `LMModel.forward` makes of the whole recording, cut out without making it.
+    """
+    first = max(0, start - 1 - max(layout.delays))
+    codes = corpus.read(index, first, stop).codes
+    steps = torch.arange(start - 1, stop)
+    source = steps - torch.tensor(layout.delays).unsqueeze(1)
+    shown = codes.gather(1, (source - first).clamp(min=0))
+    return torch.where(source >= 0, shown, layout.initial.unsqueeze(1))
+
+
+class Loader:
+    """Micro-batches without end, of the lanes of one rank.
+
+    Lane `(rank * slots + slot) * batch_size + row` of all is row `row` of micro-batch `slot`: how
+    lanes are spread over ranks and slots changes none of them. See `Reading` for their order.
 
     Args:
-        sources: manifests, prepared in `cache`.
-        cache: their codes.
+        sources: manifests with their weights.
+        cache: codes of their recordings, prepared.
         tokenizer: of the text row.
+        layout: of the model.
         seconds: length of a segment.
-        batch_size: segments of a batch.
+        batch_size: rows of a micro-batch.
+        slots: micro-batches of a step.
+        whole: lanes read whole recordings; otherwise each segment stands alone.
         shuffle: a new order in every epoch; otherwise the manifest's.
         seed: of the order.
+        rank: whose lanes these are.
+        world: ranks in all.
 
     Raises:
         UserError: no sources.
@@ -90,60 +111,69 @@ class Loader:
         sources: Sequence[Source],
         cache: CodesCache,
         tokenizer: SentencePieceProcessor,
+        layout: Layout,
         *,
         seconds: float,
         batch_size: int,
+        slots: int = 1,
+        whole: bool = True,
         shuffle: bool = True,
         seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        self.corpora = make_corpora(sources, cache, tokenizer, seconds)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.drawn = [0] * len(self.corpora)
-        self._order = lru_cache(maxsize=len(self.corpora))(self._make_order)
-
-    def _make_order(self, corpus: int, epoch: int) -> np.ndarray[Any, Any]:
-        count = len(self.corpora[corpus])
-        if not self.shuffle:
-            return np.arange(count)
-        return np.random.default_rng([self.seed, corpus, epoch]).permutation(count)
-
-    def _draw(self) -> Segment:
-        turn = sum(self.drawn) + 1
-        total = sum(c.weight for c in self.corpora)
-        behind = [
-            c.weight / total * turn - n for c, n in zip(self.corpora, self.drawn, strict=True)
-        ]
-        chosen = behind.index(max(behind))
-        epoch, index = divmod(self.drawn[chosen], len(self.corpora[chosen]))
-        self.drawn[chosen] += 1
-        return self.corpora[chosen].segment(int(self._order(chosen, epoch)[index]))
+        self.corpora = make_corpora(sources, cache, tokenizer)
+        self.layout, self.frames = layout, segment_frames(seconds)
+        self.batch_size, self.slots, self.rank = batch_size, slots, rank
+        self.reading = Reading(
+            [c.lengths for c in self.corpora],
+            [c.weight for c in self.corpora],
+            lanes=world * slots * batch_size,
+            segment_frames=self.frames,
+            whole=whole,
+            shuffle=shuffle,
+            seed=seed,
+        )
 
     def __iter__(self) -> Loader:
         """The loader itself: it goes on where it is."""
         return self
 
-    def __next__(self) -> Batch:
-        """The next batch, of `batch_size` rows."""
-        segments = [self._draw() for _ in range(self.batch_size)]
-        return Batch.collate(segments, self.corpora[0].segment_frames)
+    def __next__(self) -> list[Batch]:
+        """The next segment of every lane of this rank, a batch for each slot."""
+        mine = self.slots * self.batch_size
+        pieces = self.reading.advance()[self.rank * mine : (self.rank + 1) * mine]
+        return [
+            self._batch(pieces[i : i + self.batch_size]) for i in range(0, mine, self.batch_size)
+        ]
 
-    @property
-    def epoch(self) -> float:
-        """Epochs done of the corpus that is furthest."""
-        return max(n / len(c) for c, n in zip(self.corpora, self.drawn, strict=True))
+    def _batch(self, pieces: Sequence[Piece]) -> Batch:
+        rows = len(self.layout.delays)
+        sequence = torch.full((len(pieces), rows, self.frames + 1), NOTHING, dtype=torch.int64)
+        text_mask = torch.zeros(len(pieces), self.frames, dtype=torch.bool)
+        for row, piece in enumerate(pieces):
+            corpus, length = self.corpora[piece.corpus], piece.stop - piece.start
+            sequence[row, :, : length + 1] = delayed(
+                corpus, piece.recording, piece.start, piece.stop, self.layout
+            )
+            text_mask[row, :length] = corpus.text_known[piece.recording]
+        return Batch(
+            sequence,
+            text_mask,
+            torch.tensor([p.begins for p in pieces]),
+            tuple(self.corpora[p.corpus].name(p.recording) for p in pieces),
+            tuple(p.start for p in pieces),
+            tuple(p.stop - p.start for p in pieces),
+        )
 
-    def state_dict(self) -> dict[str, list[int]]:
-        """Segments drawn from each corpus."""
-        return {"drawn": list(self.drawn)}
+    def state_dict(self) -> dict[str, Any]:
+        """Where every lane of every rank is, as plain JSON values."""
+        return self.reading.state_dict()
 
-    def load_state_dict(self, state: dict[str, list[int]]) -> None:
-        """Go on where `state_dict` was taken.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken, on as many lanes over any number of ranks and slots.
 
         Raises:
-            ValueError: it is of another number of corpora.
+            ValueError: it is of other corpora or of another number of lanes.
         """
-        if len(state["drawn"]) != len(self.corpora):
-            raise ValueError(f"{len(self.corpora)} corpora, but the state has {state['drawn']}")
-        self.drawn = list(state["drawn"])
+        self.reading.load_state_dict(state)

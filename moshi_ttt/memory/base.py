@@ -40,7 +40,7 @@ class Memory(nn.Module):
 
     q and k are projected, pass a causal depthwise convolution each (with bias, no activation) and
     are L2-normalised per head; v is projected. The inner learning rate of a frame and head is
-    `eta = base_lr * lr_scale * sigmoid(x . w + b) / D`.
+    `eta = base_lr * lr_scale * sigmoid(x . w + b) / D`, 0 with `writing: false`.
 
     The four projections compute in the dtype of `x`, everything else in float32 (float64 once the
     module is `.double()`). Parameters below float32, as after `.to(torch.bfloat16)`, are raised
@@ -50,7 +50,7 @@ class Memory(nn.Module):
     Args:
         width: channels of a frame; `D = width // num_heads` is the width of a head.
         num_heads: heads, H.
-        config: chunk size, learning rate, decay, convolution.
+        config: chunk size, how often to write, learning rate, decay, convolution.
 
     Attributes:
         lr_scale: factor on the inner learning rate, for its warm-up; not saved.
@@ -143,7 +143,8 @@ class Memory(nn.Module):
             self.conv_weight,
             self.conv_bias,
         )
-        o, fast = self.op.chunk(self.params(), state.fast, q, k, v, self._eta(x, dtype), lengths)
+        eta, every = self._eta(x, dtype), self.config.write_every
+        o, fast = self.op.chunk(self.params(), state.fast, q, k, v, eta, lengths, every)
         weight = self.o_proj.weight.to(x.dtype)
         y = recomputed_linear(partial(self._normed, x.dtype), weight, o, self.out_scale)
         return y, MemoryState(fast, conv)
@@ -179,7 +180,8 @@ class Memory(nn.Module):
         v = qkv[..., 2 * width :].view(B, H, 1, -1)
         gate = F.linear(cast(x, dtype), cast(self.lr_weight, dtype), cast(self.lr_bias, dtype))
         eta = gate.sigmoid_().mul_(self._rate()).unsqueeze(-1)
-        o = self.op.step(self.params(), state.fast, q, k, v, eta, exec_mask).squeeze(2)
+        every = self.config.write_every
+        o = self.op.step(self.params(), state.fast, q, k, v, eta, exec_mask, every).squeeze(2)
         conv = frames[:, 1:]
         if exec_mask is not None:
             conv = torch.where(exec_mask.view(-1, 1, 1), conv, state.conv)
@@ -234,8 +236,8 @@ class Memory(nn.Module):
         return torch.sigmoid(gate).mT * self._rate()
 
     def _rate(self) -> float:
-        """What the inner learning rate is without its gate."""
-        return self.base_lr * self.lr_scale / self.head_dim
+        """What the inner learning rate is without its gate; 0 where nothing shall be written."""
+        return self.base_lr * self.lr_scale / self.head_dim if self.config.writing else 0.0
 
     def _normed(self, dtype: torch.dtype, o: Tensor, scale: Tensor) -> Tensor:
         """`scale * o / sqrt(mean(o^2) + eps)` per head: `[B, H, T, D]` -> `[B, T, width]`."""

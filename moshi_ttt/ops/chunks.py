@@ -50,7 +50,7 @@ class Written(NamedTuple):
     """A group of m chunks after its serial part; stacks over the chunks.
 
     Attributes:
-        W: per layer `[m + 1, N, in, out]`, chunk-start weights; the last may be unset.
+        W: per layer `[m + 1, N, in, out]`, chunk-start weights, and those after the group.
         b: per layer `[m + 1, N, 1, out]`.
         X: per layer `[m, N, C, in]`.
         G: per layer `[m, N, C, out]`.
@@ -59,7 +59,6 @@ class Written(NamedTuple):
         n: the layer norm of the last layer's output.
         g: inner gradient there.
         u: see `inner_gradient`.
-        writes: of the m chunks, how many were written.
     """
 
     W: list[Tensor]
@@ -71,7 +70,6 @@ class Written(NamedTuple):
     n: Normed
     g: Tensor
     u: Tensor
-    writes: int
 
 
 def learn(c: Call, weights: list[Tensor], begin: int, end: int) -> Written:
@@ -84,7 +82,6 @@ def learn(c: Call, weights: list[Tensor], begin: int, end: int) -> Written:
     shift = c.gamma * (c.beta - c.v[begin:end] + c.k[begin:end])
     X, G, Z, P = ([[] for _ in range(L)] for _ in range(4))
     top: list[tuple[Tensor, ...]] = []
-    writes = 0
     for j, i in enumerate(range(begin, end)):
         x = c.k[i]
         for l in range(L):
@@ -104,8 +101,10 @@ def learn(c: Call, weights: list[Tensor], begin: int, end: int) -> Written:
         if i == 0 and grid.held is not None:
             for l in range(L):
                 G[l][0] = G[l][0] + c.held_g[l]
-        if i < grid.writes:
-            writes += 1
+        if i not in grid.writes:
+            for stack in (*W, *b):
+                stack[j + 1] = stack[j]
+        else:
             mask = grid.write_mask(i)
             for l in range(L):
                 nextW, nextb = W[l][j + 1], b[l][j + 1]
@@ -123,7 +122,7 @@ def learn(c: Call, weights: list[Tensor], begin: int, end: int) -> Written:
     z, xh, mu, rstd, g, u = (torch.stack(x) for x in zip(*top, strict=True))
     keys = [c.k[begin:end], *stacked[0]]
     G_, Z_, P_ = stacked[1:]
-    return Written(W, b, keys, G_, Z_, P_, Normed(z, xh, mu, rstd), g, u, writes)
+    return Written(W, b, keys, G_, Z_, P_, Normed(z, xh, mu, rstd), g, u)
 
 
 def read(

@@ -51,7 +51,7 @@ class Backward:
         ub = torch.empty_like(w.u)
         for j, i in reversed(list(enumerate(range(begin, end)))):
             G, X = [x[j] for x in Gb], [x[j] for x in Xb]
-            if i < c.grid.writes:
+            if i in c.grid.writes:
                 self.unwrite(w, j, i, G, X, away)
             if c.grid.keeps(i):
                 self.untail(i, G, X)

@@ -34,8 +34,9 @@ class Grid:
         held: None, or `[N, C, 1]` bool: slots of the first chunk that the buffers hold.
         source: None, or `[B, n * C]`: the frame in a slot, negative or past the row's end if none.
         fresh: None, or `[B, n * C]` bool: slots that hold a frame of this call.
-        done: None, or `[n, N, 1, 1]`: bool: where a row finishes the chunk and writes.
-        writes: chunks that at least one row finishes.
+        done: None, or `[n, N, 1, 1]` bool: where a row finishes the chunk and writes; None where
+            all rows write the same chunks.
+        writes: the chunks that at least one row writes.
         last: None, or `[n, N, 1, 1]` bool: the chunk that a row leaves unfinished.
     """
 
@@ -48,17 +49,26 @@ class Grid:
     T: int
     pos: Tensor
     held: Tensor | None
+    writes: frozenset[int]
+    done: Tensor | None = None
     source: Tensor | None = None
     fresh: Tensor | None = None
-    done: Tensor | None = None
-    writes: int = 0
     last: Tensor | None = None
 
     @classmethod
-    def of(cls, pos: Tensor, H: int, C: int, T: int, lengths: Tensor | None) -> Grid:
+    def of(
+        cls,
+        pos: Tensor,
+        H: int,
+        C: int,
+        T: int,
+        lengths: Tensor | None,
+        write_every: int = 1,
+    ) -> Grid:
         """The grid of a call with `T` frames, of which row b has the first `lengths[b]`.
 
-        Reads `pos` on the host.
+        Of a row's chunks, counted from its reset, every `write_every`-th is written. Reads `pos`
+        on the host.
 
         Raises:
             ValueError: a length below 0 or above `T`.
@@ -66,7 +76,8 @@ class Grid:
         B, device = pos.shape[0], pos.device
         length = torch.full_like(pos, T) if lengths is None else lengths.to(pos)
         after = pos + length
-        p, m = (pos % C).tolist(), length.tolist()
+        at, m = (pos % (C * write_every)).tolist(), length.tolist()
+        p = [a % C for a in at]
         if lengths is not None and m and not 0 <= min(m) <= max(m) <= T:
             raise ValueError(f"lengths must lie in 0..{T}, got {m}")
         ends = [a + b for a, b in zip(p, m, strict=True)]
@@ -80,17 +91,27 @@ class Grid:
 
         held = rows(pos % C) > slot.view(-1, 1) if any(p) else None
         shared = {"B": B, "H": H, "C": C, "n": n, "T": T, "pos": after, "held": held}
-        shared["writes"] = max((e // C for e in ends), default=0)
-        if len(set(zip(p, m, strict=True))) == 1:
+        shared["writes"] = frozenset(
+            i
+            for a, e in set(zip(at, ends, strict=True))
+            for i in range(write_every - 1 - a // C, e // C, write_every)
+        )
+        if len(set(zip(at, m, strict=True))) == 1:
+            return cls(start=p[0], frames=m[0], **shared)
+        chunk = torch.arange(n, device=device).view(-1, 1, 1, 1)
+        end = rows(pos % C + length) - C * chunk
+        done = end >= C
+        if write_every > 1:
+            done = done & ((rows(pos // C) + chunk + 1) % write_every == 0)
+        shared["done"] = done
+        if len(set(zip(p, m, strict=True))) == 1:  # one place, but in different chunks
             return cls(start=p[0], frames=m[0], **shared)
         source = torch.arange(n * C, device=device) - (pos % C).view(-1, 1)
-        end = rows(pos % C + length) - C * torch.arange(n, device=device).view(-1, 1, 1, 1)
         return cls(
             start=None,
             frames=max(m, default=0),
             source=source,
             fresh=(source >= 0) & (source < length.view(-1, 1)),
-            done=end >= C,
             last=(end > 0) & (end < C),
             **shared,
         )
@@ -151,7 +172,7 @@ class Grid:
         return out.reshape(B, H, C, K)
 
     def write_mask(self, i: int) -> Tensor | None:
-        """Who writes at the end of chunk i < writes: `[N, 1, 1]` bool, None for everyone."""
+        """Who writes chunk i, one of `writes`: `[N, 1, 1]` bool, None for everyone."""
         return None if self.done is None else self.done[i]
 
     def keeps(self, i: int) -> bool:

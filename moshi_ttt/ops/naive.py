@@ -15,7 +15,10 @@ t of a chunk, counted from 0, with W the weights at the start of that chunk:
     tau_t      = max(0, 1/(t+1) + delta_t)                   learned scale of a position
     W_t        = W - tau_t * sum_{s<=t} eta_s g_s            what frame t reads: its own write too
     o_t        = q_t + LN(f_{W_t}(q_t))
-    W         <- W_{C-1} - decay * (W_{C-1} - W0)            after frame C-1 only
+    W         <- W_{C-1} - decay * (W_{C-1} - W0)            after frame C-1 of every N-th chunk
+
+and after no other frame. N (`write_every`) is 1 in the paper; the other chunks leave W as it was,
+and what their frames would have written is dropped.
 
 The decay is not the paper's: without it the norm of the last layer grows for ever (LN makes the
 loss blind to it), and after hours nothing new is learned. `decay = None` is the paper's memory.
@@ -112,6 +115,11 @@ def tau(delta: Float[Tensor, " C"], t: int) -> Float[Tensor, ""]:
     return torch.clamp(1 / (t + 1) + delta[t], min=0)
 
 
+def writes(c: int, N: int) -> bool:
+    """Whether chunk c, counted from the row's start, is written: every N-th, chunk N-1 first."""
+    return (c + 1) % N == 0
+
+
 def forget(W: Weights, W0: Weights, decay: Float[Tensor, " H"] | None) -> Weights:
     """`W - decay * (W - W0)`, a decay per head; None leaves W as it is."""
     if decay is None:
@@ -131,6 +139,7 @@ def ttt_linear(
     eta: Float[Tensor, "B H T"],
     state: State | None = None,
     lengths: Sequence[int] | None = None,
+    write_every: int = 1,
 ) -> tuple[Float[Tensor, "B H T D"], State]:
     """TTT-Linear, `f(x) = x W1 + b1`, by definition (equations at the top of the module).
 
@@ -147,13 +156,14 @@ def ttt_linear(
         state: where each row stands; None starts every row at W0.
         lengths: frames of each row that exist (the first ones); None for all T. The outputs of
             the others are 0, and they move nothing.
+        write_every: chunks from write to write, N.
 
     Returns:
         The outputs and the state after them. Both carry gradients to everything above.
 
     Source: arXiv:2407.04620, sections 2.1, 2.3, 2.4 and 2.7.
     """
-    return _run(linear, W0, gamma, beta, delta, decay, q, k, v, eta, state, lengths)
+    return _run(linear, W0, gamma, beta, delta, decay, q, k, v, eta, state, lengths, write_every)
 
 
 def ttt_mlp(
@@ -168,6 +178,7 @@ def ttt_mlp(
     eta: Float[Tensor, "B H T"],
     state: State | None = None,
     lengths: Sequence[int] | None = None,
+    write_every: int = 1,
 ) -> tuple[Float[Tensor, "B H T D"], State]:
     """TTT-MLP, `f(x) = gelu_tanh(x W1 + b1) W2 + b2`, by definition.
 
@@ -176,7 +187,7 @@ def ttt_mlp(
 
     Source: arXiv:2407.04620, sections 2.1, 2.3, 2.4 and 2.7.
     """
-    return _run(mlp, W0, gamma, beta, delta, decay, q, k, v, eta, state, lengths)
+    return _run(mlp, W0, gamma, beta, delta, decay, q, k, v, eta, state, lengths, write_every)
 
 
 def _run(
@@ -192,6 +203,7 @@ def _run(
     eta: Tensor,
     state: State | None,
     lengths: Sequence[int] | None,
+    write_every: int,
 ) -> tuple[Tensor, State]:
     B, _, T, _ = q.shape
     C = len(delta)
@@ -207,7 +219,7 @@ def _run(
 
         frames = [torch.zeros_like(q[b, :, s]) for s in range(T)]
         for s in range(lengths[b]):
-            t = pos % C
+            c, t = divmod(pos, C)
             pairs.append((k[b, :, s], v[b, :, s], eta[b, :, s]))
             gradient = inner_gradient(f, W, gamma, beta, k[b, :, s], v[b, :, s])
             written = _add(written, eta[b, :, s], gradient)
@@ -215,7 +227,9 @@ def _run(
             frames[s] = q[b, :, s] + layer_norm(f(q[b, :, s], W_t), gamma, beta)
             pos += 1
             if t == C - 1:
-                W, pairs = forget(W_t, W0, decay), []
+                if writes(c, write_every):
+                    W = forget(W_t, W0, decay)
+                pairs = []
                 written = {name: torch.zeros_like(w) for name, w in W.items()}
         outputs.append(torch.stack(frames, dim=1) if T else q[b])
         ends.append((W, pairs, pos))

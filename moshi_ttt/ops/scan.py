@@ -5,7 +5,7 @@ TTT-Linear, two: TTT-MLP). Layer l reads inputs X (from keys) and Xq (from queri
 and its rows G are eta times the inner gradient at its output, so that
 
     Zq = Xq W + b - (tau tril(Xq X^T + 1)) G        what the queries read
-    W <- W - tau_{C-1} X^T G                        what the chunk writes
+    W <- W - tau_{C-1} X^T G                        what the chunk writes, if it does
 
 Only the writing is serial; the reading of a group of chunks is one batched call. The forward keeps
 the weights at the start of each group of about sqrt(n) chunks, and the backward makes the rest
@@ -73,7 +73,7 @@ class _Scan(torch.autograd.Function):
             if keep and begin:
                 marks += [x.clone() for x in weights]
             w = learn(call, weights, begin, end)
-            weights = [x[w.writes] for pair in zip(w.W, w.b, strict=True) for x in pair]
+            weights = [x[-1] for pair in zip(w.W, w.b, strict=True) for x in pair]
             n, _ = read(call, w, begin, end)
             torch.addcmul(call.q[begin:end] + call.beta, call.gamma, n.xh, out=o[begin:end])
             tails = unfinished(grid, w, tails, begin, end)

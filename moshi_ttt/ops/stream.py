@@ -5,8 +5,9 @@ the chunk-start weights, puts it and its X at place `t = pos % C` of the buffers
 
     Zq = Xq W + b - tau_t (Xq . X_buf + 1) G_buf        over the rows 0..t
 
-Frame C-1 writes all rows into the weights at once. Nothing here reads a position on the host when
-the state is on CUDA; on the CPU rows that stand together take slices instead of masks.
+Frame C-1 writes all rows into the weights at once, or drops them where it is not the turn of its
+chunk (`write_every`). Nothing here reads a position on the host when the state is on CUDA; on the
+CPU rows that stand together take slices instead of masks.
 """
 
 from __future__ import annotations
@@ -60,7 +61,14 @@ class Slow(NamedTuple):
 
 
 def advance(
-    slow: Slow, fast: Fast, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, exec_mask: Tensor | None
+    slow: Slow,
+    fast: Fast,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    exec_mask: Tensor | None,
+    write_every: int,
 ) -> Tensor:
     """Pass one frame and write the state in place.
 
@@ -72,6 +80,7 @@ def advance(
         v: values, likewise.
         eta: inner learning rates `[B, H, 1]`.
         exec_mask: `[B]` bool, rows that have a frame, or None for all.
+        write_every: chunks from write to write.
 
     Returns:
         Outputs `[B, H, 1, D]`, in the state's dtype.
@@ -82,8 +91,12 @@ def advance(
     gamma, beta = (_rows(cast(x, dtype), B).unsqueeze(1) for x in slow[:2])
     delta = cast(slow.delta, dtype)
     exec_mask = unless_all(exec_mask)
-    t = _together(fast.pos, delta.shape[0]) if exec_mask is None else None
-    place = _Masked(fast.pos, delta, exec_mask, H) if t is None else _Sliced(t, delta)
+    period = write_every * delta.shape[0]
+    at = _together(fast.pos, period) if exec_mask is None else None
+    if at is None:
+        place = _Masked(fast.pos, delta, exec_mask, H, period)
+    else:
+        place = _Sliced(at, delta, period)
 
     X, Z = [k], [torch.baddbmm(fast.b[0], k, fast.W[0])]
     for W, b in zip(fast.W[1:], fast.b[1:], strict=True):
@@ -101,7 +114,10 @@ def advance(
             x = gelu(zq)
         zq = place.read(torch.baddbmm(b, x, W), x, fast.X[l], fast.G[l])
     if place.at_boundary():
-        _write(slow, fast, place, B)
+        if place.writes():
+            _write(slow, fast, place, B)
+        for buffer in (*fast.X, *fast.G):
+            place.clear(buffer)
     fast.pos.add_(1 if exec_mask is None else exec_mask)
     return torch.addcmul(q + beta, gamma, normalise(zq).xh).view(B, H, 1, D)
 
@@ -123,21 +139,22 @@ def _rows(x: Tensor, B: int) -> Tensor:
     return x if B == 1 else x.expand(B, *x.shape).flatten(0, 1)
 
 
-def _together(pos: Tensor, C: int) -> int | None:
-    """The place in the chunk that all rows share, where it may be asked (on the CPU)."""
+def _together(pos: Tensor, period: int) -> int | None:
+    """The place in the period that all rows share, where it may be asked (on the CPU)."""
     if not pos.is_cpu:
         return None
     first, *others = pos.tolist()
-    t = first % C
-    return t if all(p % C == t for p in others) else None
+    at = first % period
+    return at if all(p % period == at for p in others) else None
 
 
 class _Sliced:
-    """All rows at place t."""
+    """All rows at one place of the `period` frames from write to write."""
 
-    def __init__(self, t: int, delta: Tensor) -> None:
+    def __init__(self, at: int, delta: Tensor, period: int) -> None:
         values = delta.tolist()
-        self.t, self.C = t, len(values)
+        self.C, self.last = len(values), at == period - 1
+        self.t = t = at % self.C
         self.tau = max(0.0, 1 / (t + 1) + values[t])
 
     def put(self, buffer: Tensor, row: Tensor) -> None:
@@ -149,6 +166,9 @@ class _Sliced:
 
     def at_boundary(self) -> bool:
         return self.t == self.C - 1
+
+    def writes(self) -> bool:
+        return self.last
 
     def write(self, W: Tensor, b: Tensor, X: Tensor, G: Tensor) -> None:
         W.baddbmm_(X.mT, G, alpha=-self.tau)
@@ -164,7 +184,9 @@ class _Sliced:
 class _Masked:
     """Rows anywhere, some without a frame."""
 
-    def __init__(self, pos: Tensor, delta: Tensor, exec_mask: Tensor | None, H: int) -> None:
+    def __init__(
+        self, pos: Tensor, delta: Tensor, exec_mask: Tensor | None, H: int, period: int
+    ) -> None:
         C = delta.shape[0]
 
         def rows(x: Tensor) -> Tensor:  # [B] -> [N, 1, 1]
@@ -172,10 +194,13 @@ class _Masked:
 
         t = rows(pos % C)
         slot = torch.arange(C, device=pos.device).view(-1, 1)
-        self.here, self.done = slot == t, t == C - 1
+        self.here, self.full = slot == t, t == C - 1
         if exec_mask is not None:
             mask = rows(exec_mask)
-            self.here, self.done = self.here & mask, self.done & mask
+            self.here, self.full = self.here & mask, self.full & mask
+        self.done = self.full
+        if period > C:
+            self.done = self.full & (rows(pos % period) == period - 1)
         tau = position_scale(delta)
         self.tau, self.before = tau[t], slot <= t
         self.rate = tau[-1] * self.done
@@ -188,7 +213,10 @@ class _Masked:
         return z.baddbmm_(a, torch.where(self.before, G, 0), alpha=-1)
 
     def at_boundary(self) -> bool:
-        return self.done.device.type != "cpu" or bool(self.done.any())
+        return _may(self.full)
+
+    def writes(self) -> bool:
+        return _may(self.done)
 
     def write(self, W: Tensor, b: Tensor, X: Tensor, G: Tensor) -> None:
         G = torch.where(self.done, G, 0) * self.rate
@@ -199,7 +227,12 @@ class _Masked:
         return decay * self.done
 
     def clear(self, buffer: Tensor) -> None:
-        buffer.masked_fill_(self.done, 0)
+        buffer.masked_fill_(self.full, 0)
+
+
+def _may(mask: Tensor) -> bool:
+    """Whether any row is in `mask`, where it may be asked (on the CPU), else True."""
+    return mask.device.type != "cpu" or bool(mask.any())
 
 
 def _write(slow: Slow, fast: Fast, place: _Sliced | _Masked, B: int) -> None:
@@ -212,5 +245,3 @@ def _write(slow: Slow, fast: Fast, place: _Sliced | _Masked, B: int) -> None:
         if decay is not None:
             for x, start in ((W, slow.start[2 * l]), (b, slow.start[2 * l + 1].unsqueeze(1))):
                 x.lerp_(_rows(start.to(x.dtype), B), decay)
-        place.clear(X)
-        place.clear(G)

@@ -6,7 +6,8 @@ gradient g at `f(k)` is taken at the chunk-start weights, and frame t of a chunk
     W_t = W - tau_t * sum_{s<=t} eta_s g_s,        o_t = q_t + LN(f_{W_t}(q_t))
 
 where `tau_t = max(0, 1/(t+1) + delta_t)`. The weights of the last frame are carried to the next
-chunk, moved towards their start: `W <- W_{C-1} - decay (W_{C-1} - W0)`.
+chunk, moved towards their start: `W <- W_{C-1} - decay (W_{C-1} - W0)`; with `write_every` N this
+is done at the end of every N-th chunk only, and the others leave W as it was.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def chunk(
     v: Float[Tensor, "B H T D"],
     eta: Float[Tensor, "B H T"],
     lengths: Int[Tensor, " B"] | None = None,
+    write_every: int = 1,
 ) -> tuple[Float[Tensor, "B H T D"], State]:
     """Pass T frames, chunk by chunk (the dual form); differentiable in everything.
 
@@ -98,6 +100,7 @@ def chunk(
         v: values.
         eta: inner learning rates, all factors in it.
         lengths: frames that exist in each row (the first ones); None means all T.
+        write_every: chunks from write to write, counted from a row's reset.
 
     Returns:
         The outputs, zero at frames that do not exist, and the state after the last frame. Both
@@ -108,7 +111,7 @@ def chunk(
     """
     B, H, T, D = q.shape
     dtype = state.W1.dtype
-    grid = Grid.of(state.pos, H, params.delta.shape[0], T, lengths)
+    grid = Grid.of(state.pos, H, params.delta.shape[0], T, lengths, write_every)
     if grid.n == 0:
         return q.new_zeros(q.shape, dtype=dtype), State(*(x.clone() for x in state))
     q, k, v = grid.lay(q.to(dtype)), grid.lay(k.to(dtype), state.k), grid.lay(v.to(dtype))
@@ -144,6 +147,7 @@ def step(
     v: Float[Tensor, "B H 1 D"],
     eta: Float[Tensor, "B H 1"],
     exec_mask: Bool[Tensor, " B"] | None = None,
+    write_every: int = 1,
 ) -> Float[Tensor, "B H 1 D"]:
     """Pass one frame; the state is written in place. No gradients.
 
@@ -151,8 +155,9 @@ def step(
 
         o = q + LN(q W1 + b1 - tau_t (q . k_buf + 1) g1_buf)
 
-    until frame C-1 writes all C rows at once. On CUDA nothing depends on a position on the host,
-    so the call can be captured in a graph; there the write is a masked one at every frame.
+    until frame C-1 writes all C rows at once, or drops them where it is not the turn of its chunk
+    (`write_every`). On CUDA nothing depends on a position on the host, so the call can be captured
+    in a graph; there the write is a masked one at every frame.
 
     Args:
         params: as `Params`.
@@ -163,6 +168,7 @@ def step(
         eta: inner learning rates, all factors in it.
         exec_mask: rows that have a frame; the others keep their state exactly, and their output
             means nothing. None is all.
+        write_every: chunks from write to write, counted from a row's reset.
 
     Returns:
         The output, in the state's dtype.
@@ -170,7 +176,7 @@ def step(
     W1, k_buf, g1 = (x.view(-1, *x.shape[2:]) for x in (state.W1, state.k, state.g1))
     fast = Fast([W1], [state.b1.view(-1, 1, state.b1.shape[2])], [k_buf], [g1], state.pos)
     slow = Slow(params.gamma, params.beta, params.delta, params.decay, params[:2])
-    return advance(slow, fast, q, k, v, eta, exec_mask)
+    return advance(slow, fast, q, k, v, eta, exec_mask, write_every)
 
 
 def _raise(x: Tensor) -> Tensor:

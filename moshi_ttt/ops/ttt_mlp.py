@@ -9,7 +9,8 @@ chunk reads
     W_t = W - tau_t * sum_{s<=t} eta_s g_s,        o_t = q_t + LN(f_{W_t}(q_t))
 
 where `tau_t = max(0, 1/(t+1) + delta_t)`. The weights of the last frame are carried to the next
-chunk, moved towards their start: `W <- W_{C-1} - decay (W_{C-1} - W0)`, all four alike.
+chunk, moved towards their start: `W <- W_{C-1} - decay (W_{C-1} - W0)`, all four alike; with
+`write_every` N this is done at the end of every N-th chunk only, and the others leave W as it was.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ def chunk(
     v: Float[Tensor, "B H T D"],
     eta: Float[Tensor, "B H T"],
     lengths: Int[Tensor, " B"] | None = None,
+    write_every: int = 1,
 ) -> tuple[Float[Tensor, "B H T D"], State]:
     """Pass T frames, chunk by chunk (the dual form); differentiable in everything.
 
@@ -115,6 +117,7 @@ def chunk(
         v: values.
         eta: inner learning rates, all factors in it.
         lengths: frames that exist in each row (the first ones); None means all T.
+        write_every: chunks from write to write, counted from a row's reset.
 
     Returns:
         The outputs, zero at frames that do not exist, and the state after the last frame. Both
@@ -125,7 +128,7 @@ def chunk(
     """
     B, H, T, _ = q.shape
     dtype = state.W1.dtype
-    grid = Grid.of(state.pos, H, params.delta.shape[0], T, lengths)
+    grid = Grid.of(state.pos, H, params.delta.shape[0], T, lengths, write_every)
     if grid.n == 0:
         return q.new_zeros(q.shape, dtype=dtype), State(*(x.clone() for x in state))
     q, k, v = grid.lay(q.to(dtype)), grid.lay(k.to(dtype), state.k), grid.lay(v.to(dtype))
@@ -165,6 +168,7 @@ def step(
     v: Float[Tensor, "B H 1 D"],
     eta: Float[Tensor, "B H 1"],
     exec_mask: Bool[Tensor, " B"] | None = None,
+    write_every: int = 1,
 ) -> Float[Tensor, "B H 1 D"]:
     """Pass one frame; the state is written in place. No gradients.
 
@@ -173,8 +177,9 @@ def step(
         x2q = gelu(q W1 + b1 - tau_t (q . k_buf + 1) g1_buf)
         o = q + LN(x2q W2 + b2 - tau_t (x2q . x2_buf + 1) g2_buf)
 
-    until frame C-1 writes all C rows at once. On CUDA nothing depends on a position on the host,
-    so the call can be captured in a graph; there the write is a masked one at every frame.
+    until frame C-1 writes all C rows at once, or drops them where it is not the turn of its chunk
+    (`write_every`). On CUDA nothing depends on a position on the host, so the call can be captured
+    in a graph; there the write is a masked one at every frame.
 
     Args:
         params: as `Params`.
@@ -185,6 +190,7 @@ def step(
         eta: inner learning rates, all factors in it.
         exec_mask: rows that have a frame; the others keep their state exactly, and their output
             means nothing. None is all.
+        write_every: chunks from write to write, counted from a row's reset.
 
     Returns:
         The output, in the state's dtype.
@@ -193,7 +199,7 @@ def step(
     b1, b2 = (x.view(-1, 1, x.shape[2]) for x in (state.b1, state.b2))
     fast = Fast([W1, W2], [b1, b2], [k_buf, x2], [g1, g2], state.pos)
     slow = Slow(params.gamma, params.beta, params.delta, params.decay, params[:4])
-    return advance(slow, fast, q, k, v, eta, exec_mask)
+    return advance(slow, fast, q, k, v, eta, exec_mask, write_every)
 
 
 def _raise(x: Tensor) -> Tensor:

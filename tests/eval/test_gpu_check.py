@@ -184,12 +184,11 @@ def test_what_does_not_fit_is_no_error_and_leaves_nothing(monkeypatch):
     add_memory(lm, SMALL)
     real = gpu_train.train_step
 
-    def limited(model, batches, *args, **kwargs):
-        if len(batches[0].frames) > 1:
-            loss = model(batches[0].codes).text_logits.sum()
-            loss.backward()
+    def limited(model, ticks, *args, **kwargs):
+        if len(ticks[0][0].frames) > 1:
+            model(ticks[0][0].sequence)[0].sum().backward()
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, batches, *args, **kwargs)
+        return real(model, ticks, *args, **kwargs)
 
     monkeypatch.setattr(gpu_train, "train_step", limited)
     row = train(lm, replace(SMALL, seconds=1.0, rank=2, steps=1), memory=True)

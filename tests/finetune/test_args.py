@@ -125,6 +125,8 @@ def test_what_is_saved_is_read_back(config):
         ("ttt: {}", TTTConfig()),
         ("ttt: true", TTTConfig()),
         ("ttt: {memory: ttt_linear, layers: [0, 2]}", TTTConfig("ttt_linear", (0, 2))),
+        ("ttt: {writing: off, write_every: 4}", TTTConfig(writing=False, write_every=4)),
+        ("ttt: {writing: on}", TTTConfig()),
     ],
 )
 def test_the_memory_block(config, text, ttt):
@@ -183,6 +185,7 @@ def test_a_section_is_switched_off_or_made(config):
     assert load_args(config(OURS), {"ttt": "false"}).ttt is None
     off = OURS.replace("ttt:\n  layers: every:2\n  chunk_size: 8\n", "ttt: null\n")
     assert load_args(config(off), {"ttt.chunk_size": 4}).ttt == TTTConfig(chunk_size=4)
+    assert load_args(config(off), {"ttt.writing": "off"}).ttt == TTTConfig(writing=False)
 
 
 UNKNOWN = [
@@ -237,6 +240,8 @@ RANGES = [
     ("", {"lora.rank": 0}, "--lora.rank: lora.rank must be at least 1, got 0"),
     ("", {"lora.scaling": 0}, "--lora.scaling: lora.scaling must be positive, got 0"),
     ("", {"ttt.chunk_size": 0}, "--ttt.chunk_size: ttt.chunk_size must be a whole number of at"),
+    ("", {"ttt.write_every": 0}, "--ttt.write_every: ttt.write_every must be a whole number of at"),
+    ("", {"ttt.writing": 3}, "--ttt.writing: ttt.writing must be true or false, got 3"),
     ("", {"ttt.memory": "rnn"}, "--ttt.memory: ttt.memory 'rnn' is unknown"),
     ("", {"data.mono_side": "left"}, "data.mono_side must be one of moshi, user, got 'left'"),
     ("", {"data.encode_workers": 0}, "data.encode_workers must be at least 1, got 0"),

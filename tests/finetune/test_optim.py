@@ -15,7 +15,7 @@ from finetune.optim import (
     inner_lr_scale,
     parameter_groups,
     schedule,
-    set_inner_lr,
+    set_inner_loop,
 )
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.hybrid import splice
@@ -223,5 +223,5 @@ def test_the_inner_rate_rises_from_a_tenth():
     assert scale(0) == pytest.approx(0.1)
     assert scale(10) == pytest.approx(0.55)
     assert scale(20) == scale(99) == 1
-    set_inner_lr(lm, scale(10))
+    set_inner_loop(lm, scale(10))
     assert [b.memory.lr_scale for b in ttt_blocks(lm).values()] == [scale(10)] * 2

@@ -1,15 +1,19 @@
 """One optimizer step: micro-batches, missing text, non-finite values, the states it leaves."""
 
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 
-from finetune.loss import loss_sums
+from finetune.loss import TeacherForced
 from finetune.optim import Group, MasterAdamW
-from finetune.step import NonFiniteError, memory_metrics, state_norms, train_step
+from finetune.step import memory_metrics, state_norms, train_step
+from moshi_ttt.hybrid import carry_kv
+from moshi_ttt.lanes import attach_lanes, lanes_of
 from moshi_ttt.states import attach_ttt_states, detach_ttt_states, save_ttt_states, ttt_blocks
-from tests.finetune.test_loss import FRAMES, WEIGHTS, batch, segment
+from tests.finetune.test_loss import FRAMES, WEIGHTS, batch, segment, sums_of
 from tests.small import small_hybrid, small_lm
 
 ROWS = [segment(0), segment(1, frames=6), segment(2, text=False), segment(3, frames=3)]
@@ -35,8 +39,9 @@ class Recording(MasterAdamW):
 
 def step(lm, batches, **values):
     optimizer = Recording(lm)
-    given = {"max_norm": 1.0, "step": 1} | values
-    return train_step(lm, batches, optimizer, WEIGHTS, **given), optimizer.grads
+    attach_lanes(lm, len(batches[0].names), len(batches))
+    result = train_step(TeacherForced(lm), [batches], optimizer, WEIGHTS, max_norm=1.0, **values)
+    return result, optimizer.grads
 
 
 def double(**values):
@@ -64,19 +69,19 @@ def test_the_mean_of_the_micro_batches_means_would_be_something_else():
     lm = double()
     means = []
     for part in CUTS["4x1"]:
-        text, audio, sums = loss_sums(lm, part.codes, part.text_mask, WEIGHTS)
+        text, audio, sums = sums_of(lm, part)
         means.append((audio / sums.weight[1]).item() + (text / max(1, sums.weight[0])).item())
     assert abs(sum(means) / 4 - step(lm, CUTS["1x4"])[0].loss) > 1e-2
 
 
 def test_the_loss_is_what_is_differentiated():
     lm, part = double(), CUTS["1x4"][0]
-    text, audio, sums = loss_sums(lm, part.codes, part.text_mask, WEIGHTS)
+    text, audio, sums = sums_of(lm, part)
     loss = text / sums.weight[0] + audio / sums.weight[1]
     result, grads = step(lm, CUTS["1x4"])
     assert result.loss == pytest.approx(loss.item(), rel=1e-12)
     fresh = double()
-    text, audio, _ = loss_sums(fresh, part.codes, part.text_mask, WEIGHTS)
+    text, audio, _ = sums_of(fresh, part)
     (text / sums.weight[0] + audio / sums.weight[1]).backward()
     wanted = {n: p.grad for n, p in fresh.named_parameters() if p.grad is not None}
     assert wanted.keys() == grads.keys()
@@ -95,7 +100,7 @@ def test_without_any_text_the_text_head_is_left_alone():
     assert not torch.equal(lm.linears[0].weight, audio)
 
 
-def test_a_loss_that_is_no_number_names_step_and_recordings_and_updates_nothing():
+def test_a_loss_that_is_no_number_names_recordings_and_updates_nothing():
     lm = small_lm()
     with torch.no_grad():  # only the second recording has text token 63 as an input
         lm.text_emb.weight[63] = math.nan
@@ -104,8 +109,8 @@ def test_a_loss_that_is_no_number_names_step_and_recordings_and_updates_nothing(
         row.codes[0].clamp_(max=62)
     bad.codes[0, 1] = 63
     before = {n: p.clone() for n, p in lm.named_parameters()}
-    with pytest.raises(NonFiniteError, match=r"step 17: loss is nan on recording9\.wav from 0\.7"):
-        step(lm, [batch(good), batch(bad)], step=17)
+    result, _ = step(lm, [batch(good), batch(bad)])
+    assert result.bad == "loss is nan on recording9.wav from 0.7 s"
     for name, p in lm.named_parameters():
         assert torch.equal(p.nan_to_num(7), before[name].nan_to_num(7)), name
         assert p.grad is None, name
@@ -115,11 +120,110 @@ def test_a_gradient_that_is_no_number_is_named_and_updates_nothing():
     lm = small_lm()
     lm.text_linear.weight.register_hook(lambda g: g * math.inf)
     before = {n: p.clone() for n, p in lm.named_parameters()}
-    with pytest.raises(
-        NonFiniteError, match=r"step 3: gradient norm is (nan|inf).*recording0\.wav"
-    ):
-        step(lm, [batch(ROWS[0])], step=3)
+    result, _ = step(lm, [batch(ROWS[0])])
+    assert re.match(r"gradient norm is (nan|inf) on .*recording0\.wav", result.bad)
     assert all(torch.equal(p, before[n]) for n, p in lm.named_parameters())
+
+
+def test_lanes_of_a_bad_step_go_on_from_before_it():
+    """But not a lane whose recording began in it: that one starts anew."""
+    lm = double()
+    attach_lanes(lm, 2)
+    model, optimizer = TeacherForced(lm), Recording(lm)
+
+    def run(begins):
+        part = replace(batch(*ROWS[:2]), begins=torch.tensor(begins))
+        return train_step(model, [[part]], optimizer, WEIGHTS, max_norm=1.0)
+
+    assert run([True, True]).bad is None
+    before = {n: held.tensors() for n, held in lanes_of(lm).items()}
+    hook = lm.text_linear.weight.register_hook(lambda g: g * math.inf)
+    assert run([False, True]).bad
+    hook.remove()
+    for name, held in lanes_of(lm).items():
+        after = held.tensors()
+        assert after.pop("fresh").tolist() == [[False, True]]
+        assert all(torch.equal(t, before[name][k]) for k, t in after.items())
+        assert after["fast.pos"].tolist() == [FRAMES, FRAMES]
+    assert run([False, False]).bad is None
+    for held in lanes_of(lm).values():
+        assert held.values[0].fast.pos.tolist() == [2 * FRAMES, FRAMES]
+
+
+# -- passing states --------------------------------------------------------------------------------
+
+
+def test_a_lane_goes_on_unless_its_recording_begins():
+    lm = double()
+    attach_lanes(lm, 2)
+    for begins in ([True, True], [False, True]):
+        part = replace(batch(*ROWS[:2]), begins=torch.tensor(begins))
+        train_step(TeacherForced(lm), [[part]], Recording(lm), WEIGHTS, max_norm=1.0)
+    assert all(
+        held.values[0].fast.pos.tolist() == [2 * FRAMES, FRAMES] for held in lanes_of(lm).values()
+    )
+
+
+def test_several_micro_batches_of_lanes_have_the_gradient_of_one_batch():
+    """Two steps in a row, states passed: 1 slot of 4 rows, 4 slots of 1, 2 of 2; float64."""
+    found = []
+    for cut in CUTS.values():
+        lm = double()
+        carry_kv(lm)
+        model, optimizer = TeacherForced(lm), Recording(lm, lr=1e-4)
+        attach_lanes(lm, len(cut[0].names), len(cut))
+        train_step(model, [cut], optimizer, WEIGHTS, max_norm=1.0)
+        on = [replace(b, begins=torch.zeros_like(b.begins)) for b in cut]
+        result = train_step(model, [on], optimizer, WEIGHTS, max_norm=1.0)
+        found.append((result.loss, optimizer.grads))
+    assert found[0][0] != pytest.approx(step(double(), CUTS["1x4"])[0].loss, rel=1e-4)
+    for value, grads in found[1:]:
+        assert value == pytest.approx(found[0][0], rel=1e-9)
+        for name, gradient in grads.items():
+            bound = 1e-6 * (1 + found[0][1][name].abs().max())
+            assert (gradient - found[0][1][name]).abs().max() < bound, name
+
+
+def test_gradients_flow_through_the_ticks_of_a_step():
+    """Two linked segments are one long one: loss and gradients of a recording cut in two."""
+    rows = [segment(0, frames=28), segment(1, frames=28)]
+    long = batch(*rows, frames=28)
+    first, second = (
+        replace(
+            long, sequence=long.sequence[..., a : b + 1], text_mask=long.text_mask[:, a:b],
+            begins=torch.full((2,), a == 0),
+        )
+        for a, b in ((0, 13), (13, 28))
+    )  # fmt: skip
+    found = []
+    for ticks in ([[long]], [[first], [second]]):
+        lm = double()
+        carry_kv(lm)
+        attach_lanes(lm, 2)
+        optimizer = Recording(lm)
+        result = train_step(TeacherForced(lm), ticks, optimizer, WEIGHTS, max_norm=1.0)
+        found.append((result.loss, optimizer.grads))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-9)
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, gradient in found[0][1].items():
+        assert (gradient - found[1][1][name]).abs().max() < 1e-7 * (1 + gradient.abs().max()), name
+
+
+def test_without_passing_each_segment_starts_from_w0():
+    """Keys and values go on all the same."""
+    lm = double()
+    carry_kv(lm)
+    attach_lanes(lm, 4)
+    for begins in (True, False):
+        part = replace(CUTS["1x4"][0], begins=torch.full((4,), begins))
+        train_step(
+            TeacherForced(lm), [[part]], Recording(lm), WEIGHTS, max_norm=1.0, pass_states=False
+        )
+    for held in lanes_of(lm).values():
+        value = held.values[0]
+        memory = hasattr(value, "fast")
+        pos = value.fast.pos if memory else value.pos
+        assert pos.tolist() == [FRAMES * (1 if memory else 2)] * 4
 
 
 # -- the states that a step leaves -----------------------------------------------------------------
@@ -129,10 +233,9 @@ def test_a_gradient_that_is_no_number_is_named_and_updates_nothing():
 def test_the_state_after_a_segment_is_measured(family):
     """By hand: attach, one forward, norms of the fast weights row by row."""
     lm = double(memory=family)
-    whole = CUTS["1x4"][0]
     attach_ttt_states(lm, 4)
     with torch.no_grad():
-        lm(whole.codes)
+        TeacherForced(lm)(CUTS["1x4"][0].sequence)
     squares, moved = torch.zeros(4).double(), torch.zeros(4).double()
     for saved, block in zip(save_ttt_states(lm).values(), ttt_blocks(lm).values(), strict=True):
         for name in ("W1", "b1", "W2", "b2") if family == "ttt_mlp" else ("W1", "b1"):
@@ -152,23 +255,11 @@ def test_the_state_after_a_segment_is_measured(family):
     assert metrics["gate_std"] == pytest.approx(gates.std().item(), rel=1e-5)
 
 
-def test_every_segment_starts_from_w0():
-    """All rows of all micro-batches are counted, whatever stood in the lanes before."""
-    lm = double()
-    whole = step(double(), CUTS["1x4"])[0].state_norms
-    attach_ttt_states(lm, 4)
-    lm(CUTS["1x4"][0].codes.flip(0))
-    result, grads = step(lm, CUTS["4x1"])
-    assert torch.allclose(result.state_norms, whole, rtol=1e-9)
-    want = step(double(), CUTS["4x1"])[1]
-    assert all(torch.equal(grads[n], want[n]) for n in want)
-
-
 def test_measuring_changes_no_gradient():
     """The step attaches lanes; by hand, without any, the gradients are the same to the bit."""
     _, grads = step(double(), [CUTS["1x4"][0]])
     lm, part = double(), CUTS["1x4"][0]
-    text, audio, sums = loss_sums(lm, part.codes, part.text_mask, WEIGHTS)
+    text, audio, sums = sums_of(lm, part)
     (audio / sums.weight[1].item() + text / sums.weight[0].item()).backward()
     for name, p in lm.named_parameters():
         assert (p.grad is None) == (name not in grads)
@@ -199,8 +290,9 @@ def test_checkpointing_on_and_off_train_the_same():
         lm = double()
         lm.transformer.checkpointing = lm.depformer.checkpointing = checkpointing
         optimizer = Recording(lm)
-        for number, cut in enumerate([CUTS["2x2"], CUTS["1x4"]], 1):
-            train_step(lm.train(), cut, optimizer, WEIGHTS, max_norm=1.0, step=number)
+        attach_lanes(lm.train(), 2, 2)
+        for _ in range(2):
+            train_step(TeacherForced(lm), [CUTS["2x2"]], optimizer, WEIGHTS, max_norm=1.0)
         found.append(lm.state_dict())
     start = double().state_dict()
     for name, want in found[0].items():

@@ -46,10 +46,10 @@ def assert_near(a, b, tolerance=1e-13):
 
 
 @every_memory
-@pytest.mark.parametrize("conv_width", [1, 4])
+@pytest.mark.parametrize(("conv_width", "write_every"), [(1, 1), (4, 1), (4, 2)])
 @pytest.mark.parametrize("B", [1, 3])
-def test_forward_in_pieces_and_step_are_one_function(family, conv_width, B):
-    memory, T = make(family, conv_width=conv_width), 40
+def test_forward_in_pieces_and_step_are_one_function(family, conv_width, write_every, B):
+    memory, T = make(family, conv_width=conv_width, write_every=write_every), 40
     x = torch.randn(B, T, 12, dtype=torch.float64)
     whole, end = memory(x, memory.init_state(B))
     state = clone(memory.init_state(B))
@@ -80,10 +80,11 @@ def test_a_stream_never_writes_a_parameter(family):
 
 
 @every_memory
-def test_lengths_and_exec_mask_leave_rows_where_they_are(family):
-    memory, B, T = make(family), 3, 17
+@pytest.mark.parametrize("write_every", [1, 2])
+def test_lengths_and_exec_mask_leave_rows_where_they_are(family, write_every):
+    memory, B, T = make(family, write_every=write_every), 3, 17
     x = torch.randn(B, T, 12, dtype=torch.float64)
-    _, start = memory(x[:, :8], memory.init_state(B), torch.tensor([8, 3, 0]))
+    _, start = memory(x[:, :11], memory.init_state(B), torch.tensor([8, 3, 11]))  # 11: one left
     start = clone(start)
     lengths = torch.tensor([T, 5, 0])
     y, end = memory(x, start, lengths)
@@ -241,6 +242,49 @@ def test_decay_zero_has_no_parameter_and_lr_scale_scales_eta(family):
     assert not torch.equal(state.fast.W1[0], memory.W1)
 
 
+@every_memory
+def test_the_weights_move_at_every_nth_chunk_and_a_row_counts_from_its_reset(family):
+    memory, C = make(family, write_every=3), 6
+    x, reset_at = torch.randn(2, 60, 12, dtype=torch.float64), 20
+    with torch.no_grad():
+        state = clone(memory.init_state(2))
+    moved = [[], []]
+    for t in range(60):
+        if t == reset_at:
+            memory.reset_state(state, torch.tensor([False, True]))
+        before = state.fast.W1.clone()
+        memory.step(x[:, t : t + 1], state)
+        for b in range(2):
+            if not torch.equal(before[b], state.fast.W1[b]):
+                moved[b].append(t + 1)
+    assert moved == [[3 * C, 6 * C, 9 * C], [3 * C, reset_at + 3 * C, reset_at + 6 * C]]
+
+
+@every_memory
+def test_a_memory_that_never_writes_keeps_its_start_and_learns_to_read_it(family):
+    memory = make(family, writing=False)
+    x = torch.randn(2, 20, 12, dtype=torch.float64)
+    y, state = memory(x, memory.init_state(2))
+    with torch.no_grad():
+        streamed = clone(memory.init_state(2))
+    assert_near(stream(memory, x, streamed), y)
+    start = [n for n in state.fast._fields if n in ("W1", "b1", "W2", "b2")]
+    for end in (state, streamed):
+        for name in start:
+            for row in getattr(end.fast, name):
+                assert torch.equal(row, getattr(memory, name)), name
+    writer = make(family)
+    writer.load_state_dict(memory.state_dict())
+    assert (writer(x, writer.init_state(2))[0] - y).abs().max() > 1e-3
+    y.square().sum().backward()
+    q, k, v = memory.qkv_proj.weight.grad.chunk(3)
+    for g in (q, memory.o_proj.weight.grad, *(getattr(memory, n).grad for n in start)):
+        assert g.flatten(1).any(-1).all()
+    assert not k.any()
+    assert not v.any()
+    assert not memory.lr_weight.grad.any()
+
+
 def test_width_must_divide():
     with pytest.raises(ValueError, match="width 10 is not divisible by num_heads 4"):
         build_memory(10, 4, TTTConfig())
@@ -267,8 +311,9 @@ def test_what_the_forward_keeps(family):
 
 @pytest.mark.gpu
 @every_memory
-def test_a_captured_graph_streams_as_the_forward(family):
-    memory = make(family, torch.float32).cuda()
+@pytest.mark.parametrize("write_every", [1, 2])
+def test_a_captured_graph_streams_as_the_forward(family, write_every):
+    memory = make(family, torch.float32, write_every=write_every).cuda()
     x = torch.randn(3, 20, 12, device="cuda")
     with torch.no_grad():
         wanted, _ = memory(x, memory.init_state(3))

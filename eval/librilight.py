@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 from eval.arms import MEMORY_ARMS, attention_window, score_arms
 from eval.output import memory_in_use, next_folder, write_results
-from eval.panel import SIDES, Book, choose, make_items, read_panel, shorten
+from eval.panel import SIDES, choose, make_items, read_panel, shorten
 from eval.perplexity import FRAMES_PER_CALL
 from eval.report import FRAME_SECONDS, as_text, render
 from eval.scores import Item, Scores, evaluate
 from eval.summary import LABELS, summarise
 from finetune.data.codes import CodesCache
+from finetune.data.recording import Recording
 from moshi_ttt import tiny
 from moshi_ttt.base import load_base, read_json
 from moshi_ttt.checkpoint import TTT_CONFIG_FILE, Loaded, load
@@ -53,7 +54,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     p.add_argument("--checkpoint", help="a checkpoint folder (the newest under runs/)")
     p.add_argument("--base", help="base folder or hub repository (the checkpoint's)")
-    p.add_argument("--data", help="Libri-Light folder, or jsonl manifest (embedded held-out)")
+    p.add_argument("--data", help="Libri-Light folder, or manifest (embedded held-out)")
     p.add_argument(
         "--baseline", action="append", default=[], metavar="DIR",
         help="another checkpoint of the same base as a further arm; repeatable, commas too",
@@ -200,7 +201,7 @@ def _check_same_base(path: Path, loaded: Loaded) -> None:
         )
 
 
-def _items(books: list[Book], loaded: Loaded, args: argparse.Namespace) -> list[Item]:
+def _items(books: list[Recording], loaded: Loaded, args: argparse.Namespace) -> list[Item]:
     info, device = loaded.base.info, loaded.lm.device
     cache = CodesCache(
         args.codes_cache, info.get_mimi(device), load_mimi=info.get_mimi, mono_side=args.side

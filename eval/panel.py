@@ -3,81 +3,54 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from sentencepiece import SentencePieceProcessor
 
 from eval.scores import Item
+from finetune.corpora.librilight import find_books
 from finetune.data.codes import CodesCache
 from finetune.data.corpus import Corpus
 from finetune.data.interleaver import Interleaver
-from finetune.data.manifest import Recording, read_manifest
-from moshi_ttt.audio import audio_info
+from finetune.data.manifest import read_manifest
+from finetune.data.recording import AudioFile, Recording, open_audio
 from moshi_ttt.errors import UserError
 
 SIDES = ("moshi", "user")
 
 
-@dataclass(frozen=True)
-class Book:
-    """One recording of a panel: files that follow each other.
+def read_panel(data: str | Path) -> list[Recording]:
+    """Find the recordings of a manifest (jsonl, of codes too) or of a folder of Libri-Light.
 
-    Attributes:
-        name: unique in its panel.
-        speaker: who reads it; the name itself where nothing says who.
-        files: one, or a book's chapters in their natural order.
-    """
-
-    name: str
-    speaker: str
-    files: tuple[Recording, ...]
-
-    @property
-    def seconds(self) -> float:
-        """Length of all files."""
-        return sum(f.duration for f in self.files)
-
-
-def read_panel(data: str | Path) -> list[Book]:
-    """Find the recordings of a manifest (jsonl) or of a folder in Libri-Light's layout.
-
-    Libri-Light: `<root>/<small|medium|large>/<speaker>/<book>/<stem>.flac`, with `speaker` in the
-    json of the same stem; any part of it may be given, down to one book. A book's chapters, in
-    natural order (2 before 10), are one recording. In a manifest each line is one.
+    A folder has Libri-Light's layout, or is any part of it, down to one book; see
+    `finetune.corpora.librilight.find_books`. In a manifest each line is one recording.
 
     Raises:
-        UserError: no such path, nothing in it, or an audio file that is broken.
+        UserError: no such path, nothing in it, an audio file that is broken, or a name twice.
     """
     path = Path(data).expanduser()
     if path.is_file():
-        return _from_manifest(path)
+        recordings = read_manifest(path)
+        names = Counter(r.name for r in recordings)
+        for recording in recordings:
+            if names[recording.name] > 1:
+                raise UserError(f"{recording.where}: {recording.name} is in the manifest twice")
+        return recordings
     if not path.is_dir():
         raise UserError(f"{path}: no such folder or manifest")
-    found: dict[tuple[str, str], list[Path]] = {}
-    for flac in path.resolve().rglob("*.flac"):
-        speaker = _speaker(flac) or flac.parent.parent.name
-        found.setdefault((speaker, flac.parent.name), []).append(flac)
-    if not found:
-        raise UserError(f"{path}: no .flac file under it (<speaker>/<book>/<stem>.flac is wanted)")
-    books = []
-    for (speaker, book), flacs in sorted(found.items()):
-        chapters = sorted(flacs, key=lambda flac: natural(flac.stem))
-        files = []
-        for flac in chapters:
-            info = audio_info(flac)
-            files.append(Recording(flac, info.duration, info.channels, str(flac)))
-        books.append(Book(f"{speaker}/{book}", speaker, tuple(files)))
-    return books
+    return [
+        replace(open_audio(book.files, str(book.files[0].parent), book.speaker), name=book.name)
+        for book in find_books(path)
+    ]
 
 
 def choose(
-    books: Sequence[Book], min_seconds: float, max_items: int | None = None
-) -> tuple[list[Book], list[str]]:
+    books: Sequence[Recording], min_seconds: float, max_items: int | None = None
+) -> tuple[list[Recording], list[str]]:
     """One book a speaker, fixed by the hash of its name, and at most `max_items` speakers.
 
     Args:
@@ -91,16 +64,16 @@ def choose(
     Raises:
         UserError: none is long enough.
     """
-    long = [b for b in books if b.seconds >= min_seconds]
+    long = [b for b in books if b.duration >= min_seconds]
     if not long:
-        longest = max(books, key=lambda b: b.seconds)
+        longest = max(books, key=lambda b: b.duration)
         raise UserError(
             f"no recording is as long as {min_seconds:g} s; the longest of {len(books)} is "
-            f"{longest.name} with {longest.seconds:.1f} s (--min-seconds takes shorter ones)"
+            f"{longest.name} with {longest.duration:.1f} s (--min-seconds takes shorter ones)"
         )
-    by_speaker: dict[str, Book] = {}
+    by_speaker: dict[str, Recording] = {}
     for book in sorted(long, key=lambda b: _hash(b.name)):
-        by_speaker.setdefault(book.speaker, book)
+        by_speaker.setdefault(speaker_of(book), book)
     chosen = list(by_speaker.values())[:max_items]
     left = []
     if len(long) < len(books):
@@ -115,18 +88,25 @@ def choose(
     return chosen, left
 
 
-def shorten(book: Book, seconds: float) -> Book:
-    """The first files of a book, as many as it takes for so many seconds."""
-    files: list[Recording] = []
+def shorten(book: Recording, seconds: float) -> Recording:
+    """The first files of a book, as many as it takes for so many seconds; stored codes as is."""
+    files: list[AudioFile] = []
     for file in book.files:
         if sum(f.duration for f in files) >= seconds:
             break
         files.append(file)
-    return replace(book, files=tuple(files))
+    if not files:
+        return book
+    return replace(book, files=tuple(files), duration=sum(f.duration for f in files))
+
+
+def speaker_of(book: Recording) -> str:
+    """Who reads it; the name itself where nothing says who."""
+    return book.speaker or book.name
 
 
 def make_items(
-    books: Sequence[Book],
+    books: Sequence[Recording],
     cache: CodesCache,
     tokenizer: SentencePieceProcessor,
     side: str = "moshi",
@@ -135,7 +115,7 @@ def make_items(
     """Codes of the books, encoded where the cache lacks them.
 
     A mono recording is on `side`, and the codes of silence on the other; a stereo one has Moshi on
-    the left, or on the right with `side="user"`. Each file is encoded from a fresh codec. The text
+    the left, or on the right with `side="user"`. The text
     row is the transcript where there is one on Moshi's side, else padding.
 
     Args:
@@ -150,57 +130,20 @@ def make_items(
     """
     if side not in SIDES or cache.mono_side != side:
         raise ValueError(f"side {side!r} is not one of {SIDES}, or not the cache's")
-    cache.prepare([f for b in books for f in b.files], workers)
+    cache.prepare(books, workers)
     return [_item(book, cache, Interleaver(tokenizer), side) for book in books]
 
 
-def natural(name: str) -> list[tuple[int, str]]:
-    """Sort key in which numbers count as numbers."""
-    return [
-        (int(part), "") if part.isdecimal() else (-1, part)
-        for part in re.split(r"(\d+)", name)
-        if part
-    ]
-
-
-def _item(book: Book, cache: CodesCache, interleaver: Interleaver, side: str) -> Item:
-    corpus = Corpus(book.files, cache, interleaver)
-    parts, known = [], True
-    for index, (file, frames) in enumerate(zip(book.files, corpus.lengths, strict=True)):
-        part = corpus.read(index, 0, frames)
-        codes = part.codes
-        if side == "user" and file.channels == 2:
-            text = torch.full_like(codes[:1], interleaver.text_padding)
-            moshi, user = codes[1:].chunk(2)
-            codes = torch.cat([text, user, moshi])
-        known &= part.text_known and side == "moshi"
-        parts.append(codes)
-    return Item(book.name, book.speaker, torch.cat(parts, dim=-1), known)
-
-
-def _from_manifest(path: Path) -> list[Book]:
-    books = []
-    for recording in read_manifest(path):
-        name = str(recording.path)
-        books.append(Book(name, _speaker(recording.path) or name, (recording,)))
-    names = [b.name for b in books]
-    for book in books:
-        if names.count(book.name) > 1:
-            raise UserError(f"{book.files[0].where}: {book.name} is in the manifest twice")
-    return books
-
-
-def _speaker(audio: Path) -> str | None:
-    """The `speaker` of the json beside a file, if there is one and it says."""
-    beside = audio.with_suffix(".json")
-    if not beside.is_file():
-        return None
-    try:
-        content = json.loads(beside.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{beside}: not JSON: {error}") from error
-    speaker = content.get("speaker") if isinstance(content, dict) else None
-    return None if speaker is None else str(speaker)
+def _item(book: Recording, cache: CodesCache, interleaver: Interleaver, side: str) -> Item:
+    corpus = Corpus([book], cache, interleaver)
+    whole = corpus.read(0, 0, corpus.lengths[0])
+    codes = whole.codes
+    if side == "user" and book.channels == 2:
+        text = torch.full_like(codes[:1], interleaver.text_padding)
+        moshi, user = codes[1:].chunk(2)
+        codes = torch.cat([text, user, moshi])
+    known = whole.text_known and side == "moshi"
+    return Item(book.name, speaker_of(book), codes, known)
 
 
 def _hash(name: str) -> str:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from eval.arms import evaluate_arms
 from eval.output import memory_in_use, write_results
-from eval.panel import Book, choose, make_items, read_panel
+from eval.panel import choose, make_items, read_panel
 from eval.report import FRAME_SECONDS, as_text, render
 from eval.scores import KINDS, Item, evaluate
 from eval.stats import SCALAR, Array
@@ -27,6 +27,7 @@ from finetune.args import TrainArgs
 from finetune.data.codes import CodesCache
 from finetune.data.corpus import segment_frames
 from finetune.data.manifest import Source
+from finetune.data.recording import Recording
 from finetune.loss import TeacherForced
 from finetune.metrics import Metrics
 from finetune.sharding import whole
@@ -66,9 +67,7 @@ class Evaluation:
         tokenizer = base.info.get_text_tokenizer()
         window = window_of(base)
         if held_out:
-            books = [Book(str(r.path), str(r.path), (r,)) for s in held_out for r in s.recordings][
-                : args.eval.max_items
-            ]
+            books = [r for s in held_out for r in s.recordings][: args.eval.max_items]
             self.held_out = self._items(books, cache, tokenizer)
         if args.eval.librilight_data:
             books = _long_enough(args.eval.librilight_data, 4 * window * FRAME_SECONDS)
@@ -76,7 +75,7 @@ class Evaluation:
             self.panel = self._items(books, cache, tokenizer)
 
     def _items(
-        self, books: Sequence[Book], cache: CodesCache, tokenizer: SentencePieceProcessor
+        self, books: Sequence[Recording], cache: CodesCache, tokenizer: SentencePieceProcessor
     ) -> list[Item]:
         return make_items(books, cache, tokenizer, cache.mono_side, self.args.data.workers)
 
@@ -159,18 +158,18 @@ def _mean(nll: Sequence[Array], here: World) -> float:
     return total / count if count else float("nan")
 
 
-def _long_enough(data: str, seconds: float) -> list[Book]:
+def _long_enough(data: str, seconds: float) -> list[Recording]:
     try:
         books = read_panel(data)
     except UserError as error:
         raise UserError(f"eval.librilight_data: {error}") from error
-    found = [book for book in books if book.seconds >= seconds]
+    found = [book for book in books if book.duration >= seconds]
     if not found:
-        longest = max(books, key=lambda book: book.seconds)
+        longest = max(books, key=lambda book: book.duration)
         raise UserError(
             f"eval.librilight_data {data}: no recording is as long as four attention windows, "
             f"{seconds:g} s; the longest of {len(books)} is {longest.name} with "
-            f"{longest.seconds:.1f} s"
+            f"{longest.duration:.1f} s"
         )
     return found
 

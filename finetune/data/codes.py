@@ -1,54 +1,60 @@
-"""Mimi's codes of whole recordings, made once and kept on disk."""
+"""Codes of whole recordings: Mimi's, made once and kept on disk, or stored by `finetune.encode`."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from moshi.models.compression import MimiModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from finetune.data.manifest import Recording
-from moshi_ttt.audio import read_audio
+from finetune.data.encoding import (
+    Job,
+    MakeMimi,
+    encode_jobs,
+    mimi_fingerprint,
+    read_codes,
+    write_codes,
+)
+from finetune.data.recording import AudioFile, Recording
+from finetune.data.stored import SILENCE
+from finetune.data.stored_checks import verify_codes
 from moshi_ttt.codec import encode_recording
 from moshi_ttt.errors import UserError, no_space_left
-from moshi_ttt.files import written_whole
 
-FORMAT = "1"
 log = logging.getLogger(__name__)
 
 
-def mimi_fingerprint(mimi: MimiModel) -> str:
-    """SHA-1 of a codec: its weights with their names, and its number of codebooks."""
-    digest = hashlib.sha1(f"format {FORMAT}, codebooks {mimi.num_codebooks}".encode())
-    for name, tensor in sorted(mimi.state_dict().items()):
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        plain = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(plain.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class _Part:
+    """Where the codes of one audio file are: `key` in `file`, from frame `offset` on."""
+
+    file: Path
+    key: str
+    offset: int
+    frames: int
+    silence: Path
+    silence_key: str
 
 
 class CodesCache:
-    """A folder with one safetensors file for the codes of each recording.
+    """A folder with one safetensors file for the codes of each audio file; serves stored ones too.
 
     A file's name is the SHA-1 of the audio file and the fingerprint of the codec: audio may move,
     and another Mimi never finds this one's codes. It holds `codes`, int16 `[channels, K, T]`, and
-    their SHA-1. Files are written beside and renamed, so one with a cache's name is whole.
+    their SHA-1. Files are written beside and renamed, so one with a cache's name is whole. The
+    codes of a manifest of codes are read from its shards; nothing of them goes into the folder.
 
     Args:
-        folder: made if missing.
-        mimi: the codec, K codebooks a side.
+        folder: made if missing, unless `mimi` is None.
+        mimi: the codec, K codebooks a side; None if all recordings are stored codes.
         load_mimi: makes the same codec in another process, e.g. `CheckpointInfo.get_mimi`; needed
             for more than one worker. It has to be picklable.
         mono_side: whose voice a mono recording is, `"moshi"` or `"user"`; the other side is the
@@ -61,9 +67,9 @@ class CodesCache:
     def __init__(
         self,
         folder: str | os.PathLike[str],
-        mimi: MimiModel,
+        mimi: MimiModel | None,
         *,
-        load_mimi: Callable[[], MimiModel] | None = None,
+        load_mimi: MakeMimi | None = None,
         mono_side: str = "moshi",
     ) -> None:
         if mono_side not in ("moshi", "user"):
@@ -72,8 +78,10 @@ class CodesCache:
         self.mimi = mimi
         self.load_mimi = load_mimi
         self.mono_side = mono_side
-        self.fingerprint = mimi_fingerprint(mimi)
+        self.fingerprint = None if mimi is None else mimi_fingerprint(mimi)
         self._files: dict[Path, Path] = {}
+        if mimi is None:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -82,7 +90,13 @@ class CodesCache:
             raise UserError(f"{self.folder}: no folder for codes: {error.strerror}") from error
 
     def file(self, audio: Path) -> Path:
-        """Where the codes of an audio file are or will be; reads the audio once to hash it."""
+        """Where the codes of an audio file are or will be; reads the audio once to hash it.
+
+        Raises:
+            ValueError: there is no codec.
+        """
+        if self.fingerprint is None:
+            raise ValueError(f"{audio} is audio, and its codes need a codec: mimi is None")
         if audio not in self._files:
             digest = hashlib.sha1()
             with audio.open("rb") as stream:
@@ -95,147 +109,117 @@ class CodesCache:
     def prepare(self, recordings: Sequence[Recording], workers: int = 1) -> int:
         """Encode what is not there yet; a broken file is made again, and that is said.
 
+        Stored codes are read once and compared with their SHA-1.
+
         Args:
             recordings: any; each different audio file is encoded once.
             workers: processes, each with one thread and its own codec.
 
         Returns:
-            How many were encoded.
+            How many files were encoded.
 
         Raises:
             UserError: broken audio, named with its line in the manifest, or a worker that was
-                killed. What was encoded before stays.
-            ValueError: several workers and no `load_mimi`.
+                killed; what was encoded before stays. Stored codes that are broken, of another
+                codec, or whose mono side is another.
+            ValueError: several workers and no `load_mimi`; audio and no codec.
         """
-        missing: dict[Path, Recording] = {}
+        verify_codes(recordings, self.fingerprint, self.mono_side)
+        missing: dict[Path, Job] = {}
         for recording in recordings:
-            file = self.file(recording.path)
-            if file not in missing and _read_frames(file) is None:
-                missing[file] = recording
-        # longest first: no worker is left alone with a long one at the end
-        jobs = sorted(missing.items(), key=lambda job: -job[1].duration)
-        # tqdm warns when rounding carries the sum past the total
-        total = sum(r.duration for r in missing.values()) / 60 + 1e-6
-        if jobs:
+            for audio in recording.files:
+                file = self.file(audio.path)
+                if file not in missing and _read_frames(file) is None:
+                    missing[file] = Job(file, (audio,), recording.where)
+        if missing:
+            assert self.mimi is not None
+            jobs = list(missing.values())
+            # tqdm warns when rounding carries the sum past the total
+            total = sum(job.seconds for job in jobs) / 60 + 1e-6
             bar = "{l_bar}{bar}| {n:.1f}/{total:.1f} min [{elapsed}<{remaining}]"
             with tqdm(total=total, desc="encoding", bar_format=bar) as progress:
-                for done in self._encode_all(jobs, workers):
-                    progress.update(done.duration / 60)
-        self._prepare_silence([r for r in recordings if r.channels == 1])
-        return len(jobs)
-
-    def _encode_all(self, jobs: list[tuple[Path, Recording]], workers: int) -> Iterator[Recording]:
-        if workers == 1 or len(jobs) == 1:
-            for file, recording in jobs:
-                yield _encode(self.mimi, file, recording)
-            return
-        if self.load_mimi is None:
-            raise ValueError(f"{workers} workers need load_mimi, to make the codec in each")
-        with ProcessPoolExecutor(
-            min(workers, len(jobs)), get_context("spawn"), _start_worker, (self.load_mimi,)
-        ) as pool:
-            futures = [pool.submit(_encode_in_worker, *job, self.fingerprint) for job in jobs]
-            try:
-                for future in as_completed(futures):
-                    yield future.result()
-            except BrokenProcessPool as error:
-                raise UserError(
-                    f"a process that encodes was killed, for memory most likely; {workers} ran: "
-                    "lower data.encode_workers"
-                ) from error
-            finally:
-                pool.shutdown(cancel_futures=True)
+                for job, error in encode_jobs(jobs, self.mimi, self.load_mimi, workers):
+                    if error is not None:
+                        raise error
+                    progress.update(job.seconds / 60)
+        mono = [file for r in recordings if r.channels == 1 for file in r.files]
+        self._prepare_silence(mono)
+        return len(missing)
 
     def _silence_file(self) -> Path:
-        return self.folder / f"silence-{self.fingerprint[:12]}.safetensors"
+        return self.folder / f"silence-{str(self.fingerprint)[:12]}.safetensors"
 
-    def _prepare_silence(self, mono: list[Recording]) -> None:
+    def _prepare_silence(self, mono: Sequence[AudioFile]) -> None:
         # the codec is causal: the codes of a shorter silence are the beginning of a longer one's
-        needed = max((self.frames(r) for r in mono), default=0)
+        needed = max((_frames(self.file(file.path)) for file in mono), default=0)
         if needed > (_read_frames(self._silence_file()) or 0):
+            assert self.mimi is not None
             pcm = torch.zeros(1, needed * self.mimi.frame_size)
-            _write(self._silence_file(), encode_recording(self.mimi, pcm))
+            write_codes(self._silence_file(), [encode_recording(self.mimi, pcm)])
+
+    def file_frames(self, recording: Recording) -> tuple[int, ...]:
+        """Frames of 80 ms of each file of a prepared recording; a last one may be part zeros."""
+        if recording.stored is not None:
+            return recording.stored.file_frames
+        return tuple(_frames(self.file(file.path)) for file in recording.files)
 
     def frames(self, recording: Recording) -> int:
-        """Length of a prepared recording in frames of 80 ms; the last may be filled with zeros."""
-        with safe_open(self.file(recording.path), "pt") as stored:
-            return stored.get_slice("codes").get_shape()[-1]
+        """Length of a prepared recording in frames of 80 ms."""
+        return sum(self.file_frames(recording))
 
     def load(self, recording: Recording, start: int = 0, stop: int | None = None) -> Tensor:
         """Codes of frames `start` to `stop` of a prepared recording.
 
+        The files of a recording follow each other; each was encoded, as its silence is, from a
+        fresh codec.
+
         Returns:
             int16 `[2K, stop - start]`: K rows of Moshi's side (left), K of the user's (right).
         """
-        stop = self.frames(recording) if stop is None else stop
-        sides = list(_read(self.file(recording.path), start, stop))
+        spans: list[tuple[_Part, int, int]] = []
+        before = 0
+        for part in self._parts(recording):
+            end = part.frames if stop is None else min(stop - before, part.frames)
+            spans.append((part, max(start - before, 0), end))
+            before += part.frames
+        wanted = [span for span in spans if span[1] < span[2]] or [(spans[0][0], 0, 0)]
+        return torch.cat([self._sides(*span) for span in wanted], dim=-1)
+
+    def _parts(self, recording: Recording) -> Iterator[_Part]:
+        offset = 0
+        if (stored := recording.stored) is not None:
+            for frames in stored.file_frames:
+                yield _Part(stored.shard, stored.key, offset, frames, stored.shard, SILENCE)
+                offset += frames
+            return
+        for file, frames in zip(recording.files, self.file_frames(recording), strict=True):
+            yield _Part(self.file(file.path), "codes", 0, frames, self._silence_file(), "codes")
+
+    def _sides(self, part: _Part, begin: int, end: int) -> Tensor:
+        sides = list(_read(part.file, part.key, part.offset + begin, part.offset + end))
         if len(sides) == 1:
-            sides += _read(self._silence_file(), start, stop)
+            sides += _read(part.silence, part.silence_key, begin, end)
             if self.mono_side == "user":
                 sides.reverse()
         return torch.cat(sides)
 
 
-def _read(file: Path, start: int, stop: int) -> Tensor:
+def _read(file: Path, key: str, start: int, stop: int) -> Tensor:
     with safe_open(file, "pt") as stored:
-        return stored.get_slice("codes")[:, :, start:stop]
+        return stored.get_slice(key)[:, :, start:stop]
 
 
-def _digest(codes: Tensor) -> str:
-    return hashlib.sha1(codes.contiguous().numpy().tobytes()).hexdigest()
+def _frames(file: Path) -> int:
+    with safe_open(file, "pt") as stored:
+        return stored.get_slice("codes").get_shape()[-1]
 
 
 def _read_frames(file: Path) -> int | None:
     """Frames in a cache file that is whole, else None."""
     if not file.exists():
         return None
-    try:
-        with safe_open(file, "pt") as stored:
-            codes = stored.get_tensor("codes")
-            if (stored.metadata() or {}).get("sha1") == _digest(codes):
-                return codes.shape[-1]
-        reason = "its codes are not those that were written"
-    except SafetensorError as error:
-        reason = str(error)
-    log.warning("%s is broken (%s): made again", file, reason)
-    return None
-
-
-def _write(file: Path, codes: Tensor) -> None:
-    small = codes.to("cpu", torch.int16).contiguous()
-    with written_whole(file) as beside:
-        save_file({"codes": small}, beside, {"sha1": _digest(small)})
-
-
-def _encode(mimi: MimiModel, file: Path, recording: Recording) -> Recording:
-    try:
-        pcm = read_audio(recording.path)
-    except UserError as error:
-        raise UserError(f"{recording.where}: {error}") from error
-    _write(file, encode_recording(mimi, pcm))
-    return recording
-
-
-@dataclass
-class _Worker:
-    """What a process that encodes keeps between jobs."""
-
-    load: Callable[[], MimiModel] | None = None
-    mimi: MimiModel | None = None
-
-
-_worker = _Worker()
-
-
-def _start_worker(load_mimi: Callable[[], MimiModel]) -> None:
-    torch.set_num_threads(1)
-    _worker.load = load_mimi
-
-
-def _encode_in_worker(file: Path, recording: Recording, fingerprint: str) -> Recording:
-    if _worker.mimi is None:  # here, not at the start: an error there has no message
-        assert _worker.load is not None
-        _worker.mimi = _worker.load()
-        if mimi_fingerprint(_worker.mimi) != fingerprint:
-            raise ValueError("load_mimi makes another codec than the one given")
-    return _encode(_worker.mimi, file, recording)
+    found = read_codes(file)
+    if isinstance(found, str):
+        log.warning("%s is broken (%s): made again", file, found)
+        return None
+    return found["codes"].shape[-1]

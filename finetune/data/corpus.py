@@ -12,8 +12,8 @@ from torch import Tensor
 
 from finetune.data.codes import CodesCache
 from finetune.data.interleaver import FRAME_RATE, Interleaver
-from finetune.data.manifest import Recording, Source
-from finetune.data.transcript import read_words
+from finetune.data.manifest import Source
+from finetune.data.recording import Recording
 from moshi_ttt.errors import UserError
 
 
@@ -63,15 +63,15 @@ class Corpus:
         self._text: list[Tensor] = []
         self.text_known: list[bool] = []
         for recording, frames in zip(recordings, self.lengths, strict=True):
-            words = read_words(recording.path, recording.duration)
+            words = recording.words(cache.file_frames(recording))
             if recording.channels == 1 and cache.mono_side == "user":
                 words = None  # what the user says is not Moshi's text
             self._text.append(interleaver.row(words, frames))
             self.text_known.append(words is not None)
 
     def name(self, index: int) -> str:
-        """The audio file of a recording."""
-        return str(self.recordings[index].path)
+        """What messages call a recording."""
+        return self.recordings[index].name
 
     def read(self, index: int, start: int, stop: int) -> Segment:
         """Frames `start` to `stop` of recording `index`; fewer where the recording ends."""

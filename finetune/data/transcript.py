@@ -29,8 +29,20 @@ def transcript_path(audio: Path) -> Path:
     return audio.with_suffix(".json")
 
 
+class Beside(NamedTuple):
+    """What the json beside an audio file says; None is nothing."""
+
+    words: list[Word] | None
+    speaker: str | None
+
+
 def read_words(audio: Path, duration: float) -> list[Word] | None:
-    """Read the alignments of a recording.
+    """The words of `read_beside`."""
+    return read_beside(audio, duration).words
+
+
+def read_beside(audio: Path, duration: float) -> Beside:
+    """Read the json beside an audio file: its `alignments` and its `speaker`, where it has them.
 
     Words of different speakers may overlap and stand in any order; those of one speaker go by
     start time.
@@ -41,25 +53,40 @@ def read_words(audio: Path, duration: float) -> list[Word] | None:
 
     Returns:
         All words, or None if there is no .json beside the recording or none with alignments in it
-        (Libri-Light keeps other things there).
+        (Libri-Light keeps other things there); and who speaks.
 
     Raises:
         UserError: not JSON, an entry that is not `[word, [start, end], speaker]`, times that are
             negative, end before they start, go back or lie past the end; with file and entry.
     """
-    path = transcript_path(audio)
-    if not path.is_file():
-        return None
-    content = _read_json(path)
-    if not isinstance(content, dict) or "alignments" not in content:
-        return None
-    entries = content["alignments"]
+    content = _beside(audio)
+    words = None
+    if "alignments" in content:
+        words = parse_words(content["alignments"], duration, transcript_path(audio))
+    return Beside(words, _speaker(content))
+
+
+def read_speaker(audio: Path) -> str | None:
+    """The `speaker` of the json beside an audio file, if there is one and it says.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    return _speaker(_beside(audio))
+
+
+def parse_words(entries: Any, duration: float, file: object) -> list[Word]:
+    """Check alignments as they stand in JSON; `file` says where that was.
+
+    Raises:
+        UserError: as `read_beside`.
+    """
     if not isinstance(entries, list):
-        raise UserError(f"{path}: 'alignments' is not a list: {_short(entries)}")
+        raise UserError(f"{file}: 'alignments' is not a list: {_short(entries)}")
     words: list[Word] = []
     last: dict[str, float] = {}
     for index, entry in enumerate(entries):
-        where = f"{path}: alignment {index} ({_short(entry)})"
+        where = f"{file}: alignment {index} ({_short(entry)})"
         word = _word(entry, where)
         if word.start < last.get(word.speaker, 0.0):
             raise UserError(
@@ -72,6 +99,17 @@ def read_words(audio: Path, duration: float) -> list[Word] | None:
         last[word.speaker] = word.start
         words.append(word)
     return words
+
+
+def _beside(audio: Path) -> dict[str, Any]:
+    path = transcript_path(audio)
+    content = _read_json(path) if path.is_file() else None
+    return content if isinstance(content, dict) else {}
+
+
+def _speaker(content: dict[str, Any]) -> str | None:
+    speaker = content.get("speaker")
+    return None if speaker is None else str(speaker)
 
 
 def _read_json(path: Path) -> Any:

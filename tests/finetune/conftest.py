@@ -6,7 +6,9 @@ import pytest
 import sentencepiece
 
 import finetune.train
+from tests.finetune import recordings
 from tests.finetune.small_run import World
+from tests.small import small_base
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +46,19 @@ def seen(monkeypatch):
 
     monkeypatch.setattr(finetune.train, "build_model", watched)
     return out
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return small_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def audio(tmp_path_factory):
+    return recordings.make(tmp_path_factory.mktemp("audio"))
+
+
+@pytest.fixture(scope="session")
+def encoded(audio, base, tmp_path_factory):
+    """The codes of all of `audio`, made in one go."""
+    return recordings.encode(audio / "m.jsonl", tmp_path_factory.mktemp("out") / "codes", base)

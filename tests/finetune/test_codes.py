@@ -11,9 +11,10 @@ import pytest
 import soundfile
 import torch
 
-from finetune.data import codes as codes_module
-from finetune.data.codes import CodesCache, mimi_fingerprint
-from finetune.data.manifest import Recording
+from finetune.data import encoding
+from finetune.data.codes import CodesCache
+from finetune.data.encoding import mimi_fingerprint
+from finetune.data.recording import AudioFile, Recording
 from moshi_ttt.audio import read_audio
 from moshi_ttt.codec import encode_recording
 from moshi_ttt.errors import UserError
@@ -25,10 +26,14 @@ def mimi():
     return small_mimi()
 
 
+def described(path, seconds, channels, where):
+    return Recording(str(path), seconds, channels, where, (AudioFile(path, seconds),))
+
+
 def recording(path, seconds, channels=2, rate=24_000, seed=0):
     rng = np.random.default_rng(seed)
     soundfile.write(path, 0.1 * rng.standard_normal((int(seconds * rate), channels)), rate)
-    return Recording(path, seconds, channels, f"m.jsonl:{seed + 1}")
+    return described(path, seconds, channels, f"m.jsonl:{seed + 1}")
 
 
 @pytest.fixture
@@ -47,7 +52,7 @@ def test_stereo_is_the_codec_of_each_channel(tmp_path, mimi, two):
     cache = CodesCache(tmp_path / "c", mimi)
     assert cache.prepare(two) == 2
     stereo = two[0]
-    wanted = encode_recording(mimi, read_audio(stereo.path))  # [2, 8, T]
+    wanted = encode_recording(mimi, read_audio(stereo.files[0].path))  # [2, 8, T]
     got = cache.load(stereo)
     assert cache.frames(stereo) == math.ceil(1.5 * 12.5)  # the last frame is filled
     assert got.dtype == torch.int16
@@ -61,7 +66,7 @@ def test_mono_is_one_side_and_silence_the_other(tmp_path, mimi, two, side):
     cache = CodesCache(tmp_path / "c", mimi, mono_side=side)
     cache.prepare(two)
     mono = two[1]
-    pcm = read_audio(mono.path)
+    pcm = read_audio(mono.files[0].path)
     wanted = encode_recording(mimi, torch.cat([pcm, torch.zeros_like(pcm)]))
     wanted = wanted.reshape(2, 8, -1)
     got = cache.load(mono).long().reshape(2, 8, -1)
@@ -83,17 +88,17 @@ def test_codes_are_reused_wherever_the_audio_lies(tmp_path, mimi, two, monkeypat
     CodesCache(tmp_path / "c", mimi).prepare(two)
     before = kept(tmp_path / "c")
     moved = tmp_path / "elsewhere.wav"
-    two[0].path.rename(moved)
-    again = [Recording(moved, 1.5, 2, "n.jsonl:1"), two[1]]
-    monkeypatch.setattr(codes_module, "encode_recording", None)  # encoding would raise
+    two[0].files[0].path.rename(moved)
+    again = [described(moved, 1.5, 2, "n.jsonl:1"), two[1]]
+    monkeypatch.setattr(encoding, "encode_recording", None)  # encoding would raise
     assert CodesCache(tmp_path / "c", mimi).prepare(again) == 0
     assert kept(tmp_path / "c") == before
 
 
 def test_the_same_sound_twice_is_encoded_once(tmp_path, mimi, two):
     copy = tmp_path / "copy.wav"
-    copy.write_bytes(two[0].path.read_bytes())
-    assert CodesCache(tmp_path / "c", mimi).prepare([two[0], Recording(copy, 1.5, 2, "m:9")]) == 1
+    copy.write_bytes(two[0].files[0].path.read_bytes())
+    assert CodesCache(tmp_path / "c", mimi).prepare([two[0], described(copy, 1.5, 2, "m:9")]) == 1
 
 
 def test_another_codec_finds_nothing(tmp_path, mimi, two):
@@ -118,7 +123,7 @@ def _flip(data):
 def test_a_broken_file_is_made_again_and_that_is_said(tmp_path, mimi, two, spoil, caplog):
     cache = CodesCache(tmp_path / "c", mimi)
     cache.prepare(two)
-    wanted, file = cache.load(two[0]), cache.file(two[0].path)
+    wanted, file = cache.load(two[0]), cache.file(two[0].files[0].path)
     whole = file.read_bytes()
     file.write_bytes(spoil(whole))
     with caplog.at_level(logging.WARNING):
@@ -136,7 +141,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, mimi, two, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(codes_module, "save_file", full)
+    monkeypatch.setattr(encoding, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         cache.prepare(two)
     assert kept(tmp_path / "c") == []
@@ -146,7 +151,7 @@ def test_broken_samples_are_named_with_their_line(tmp_path, mimi, two):
     samples = np.zeros((24_000, 2), dtype=np.float32)
     samples[321, 1] = np.nan
     soundfile.write(tmp_path / "nan.wav", samples, 24_000, subtype="FLOAT")
-    bad = Recording(tmp_path / "nan.wav", 1.0, 2, "m.jsonl:7")
+    bad = described(tmp_path / "nan.wav", 1.0, 2, "m.jsonl:7")
     cache = CodesCache(tmp_path / "c", mimi)
     with pytest.raises(UserError, match=r"m\.jsonl:7: .*nan\.wav: sample 321 of channel 1 is nan"):
         cache.prepare([*two, bad])
@@ -166,8 +171,8 @@ def test_two_processes_give_what_one_gives(tmp_path, mimi, two):
     assert kept(tmp_path / "a") == kept(tmp_path / "b")
     for r in two:
         assert torch.equal(one.load(r), many.load(r))
-    bad = Recording(tmp_path / "nan.wav", 1.0, 2, "m.jsonl:7")
-    soundfile.write(bad.path, np.full((24_000, 2), np.nan), 24_000, subtype="FLOAT")
+    bad = described(tmp_path / "nan.wav", 1.0, 2, "m.jsonl:7")
+    soundfile.write(tmp_path / "nan.wav", np.full((24_000, 2), np.nan), 24_000, subtype="FLOAT")
     late = recording(tmp_path / "late.wav", 0.5, seed=8)
     with pytest.raises(UserError, match=r"m\.jsonl:7: .*sample 0 of channel 0 is nan"):
         many.prepare([bad, late], workers=2)

@@ -38,11 +38,11 @@ B = {"path": "sound/b.wav", "duration": 1.04}
 
 def test_paths_are_relative_to_the_manifest(folder):
     a, b = read_manifest(manifest(folder, A, "", B))
-    assert (a.path, a.duration, a.channels) == (folder / "sound/a.wav", 2.0, 2)
-    assert (b.path, b.duration, b.channels) == (folder / "sound/b.wav", 1.0, 1)
+    assert (a.files[0].path, a.duration, a.channels) == (folder / "sound/a.wav", 2.0, 2)
+    assert (b.files[0].path, b.duration, b.channels) == (folder / "sound/b.wav", 1.0, 1)
     assert b.where == f"{folder / 'm.jsonl'}:3"
     absolute = {"path": str(folder / "sound/a.wav"), "duration": 2}
-    assert read_manifest(manifest(folder, absolute))[0].path == a.path
+    assert read_manifest(manifest(folder, absolute))[0].files == a.files
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_no_recordings_and_no_manifest(folder):
     with pytest.raises(UserError, match=r"x\.jsonl: no such manifest"):
         read_manifest(folder / "x.jsonl")
     (folder / "m.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"m\.jsonl: not text in UTF-8"):
+    with pytest.raises(UserError, match=r"m\.jsonl:1: not text in UTF-8"):
         read_manifest(folder / "m.jsonl")
 
 
@@ -170,3 +170,52 @@ def test_a_transcript_that_is_not_json(folder):
     (folder / "sound/a.json").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"a\.json: not text in UTF-8"):
         read_manifest(manifest(folder, A))
+
+
+def several(folder, **words):
+    """A recording of the mono files b, c and d, of 1 s each, with words where given."""
+    for name in "cd":
+        wav(folder / f"sound/{name}.wav", 1.0, channels=1)
+    for name, entries in words.items():
+        (folder / f"sound/{name}.json").write_text(json.dumps({"alignments": entries}))
+    return {"path": [f"sound/{name}.wav" for name in "bcd"], "duration": 3.02}
+
+
+def test_several_files_are_one_recording(folder):
+    hey = [["hey", [0.5, 0.9], M]]
+    line = several(folder, b=[["late", [1.2, 1.4], M]], c=hey, d=hey) | {"speaker": "7"}
+    (found,) = read_manifest(manifest(folder, line))
+    assert [f.path for f in found.files] == [folder / f"sound/{name}.wav" for name in "bcd"]
+    assert (found.duration, found.channels, found.speaker) == (3.0, 1, "7")
+    assert found.name == f"{folder / 'sound/b.wav'} and 2 more"
+    words = found.words((13, 13, 13))
+    assert [(w.text, round(w.start, 6), round(w.end, 6)) for w in words] == [
+        ("late", 1.2, 1.4),  # after its file's end, as aligners do
+        ("hey", 1.54, 1.94),  # 13 frames of 80 ms later
+        ("hey", 2.58, 2.98),
+    ]
+    assert read_manifest(manifest(folder, several(folder)))[0].speaker is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"path": []}, "no path"),
+        ({"path": ["sound/b.wav", 3]}, "no path"),
+        ({"path": ["sound/b.wav", "sound/x.wav"]}, "x.wav: no such audio file"),
+        ({"path": ["sound/b.wav", "sound/a.wav"]}, "a.wav has 2 channels and "),
+        ({"duration": 2.5}, "duration of 'sound/b.wav + sound/c.wav + sound/d.wav' is 2.5, but"),
+        ({"speaker": 7}, "speaker must be text, got 7"),
+    ],
+)
+def test_a_bad_line_of_several_files(folder, change, message):
+    with pytest.raises(UserError) as error:
+        read_manifest(manifest(folder, A, several(folder) | change))
+    assert str(error.value).startswith(f"{folder / 'm.jsonl'}:2: ")
+    assert message in str(error.value)
+
+
+def test_all_files_have_a_transcript_or_none(folder):
+    line = several(folder, b=[], d=[])
+    with pytest.raises(UserError, match=r"m\.jsonl:1: .*c\.wav has no transcript, but other files"):
+        read_manifest(manifest(folder, line))

@@ -101,13 +101,19 @@ def annotate(
         total = seconds / 60 + 1e-6
         bar_format = "{l_bar}{bar}| {n:.1f}/{total:.1f} min [{elapsed}<{remaining}]"
         with tqdm(total=total, desc="transcribing", bar_format=bar_format) as bar:
+            before = 0.0
+
+            def heard(seconds: float) -> None:
+                bar.update(max(0.0, (before + seconds) / 60 - bar.n))
+
             for path, (duration, where) in jobs.items():
                 try:
-                    _annotate(path, duration, recognise)
+                    _annotate(path, duration, recognise, heard)
                     done += duration
                 except (UserError, OSError) as error:
                     failed += _broken(where, path, error)
-                bar.update(duration / 60)
+                heard(duration)
+                before += duration
         hours = (time.monotonic() - begun) / 3600
         _say(
             f"{done / 3600:.2f} hours of audio in {hours:.2f} hours: "
@@ -182,12 +188,18 @@ def _content(audio: Path) -> dict[str, Any]:
     return content
 
 
-def _annotate(audio: Path, duration: float, recognise: Recogniser) -> None:
+def _annotate(
+    audio: Path, duration: float, recognise: Recogniser, heard: Callable[[float], None]
+) -> None:
     pcm = read_audio(audio, SAMPLE_RATE)
     words: list[tuple[str, float, float, str]] = []
-    for samples, speaker in zip(pcm, (MAIN_SPEAKER, USER_SPEAKER), strict=False):
-        said = recognise(samples.contiguous().numpy())
-        words += [(*_within(word, duration), speaker) for word in said if word[0].strip()]
+    speakers = (MAIN_SPEAKER, USER_SPEAKER)
+    for index, (samples, speaker) in enumerate(zip(pcm, speakers, strict=False)):
+        for word in recognise(samples.contiguous().numpy()):
+            text, start, end = _within(word, duration)
+            if text:
+                words.append((text, start, end, speaker))
+            heard((index * duration + end) / len(pcm))
     words.sort(key=lambda word: word[1])
     entries = [[text, [start, end], speaker] for text, start, end, speaker in words]
     content = _content(audio) | {"alignments": entries}

@@ -51,17 +51,20 @@ def load_whisper(model: str, language: str | None, device: str) -> Recogniser:
         # the hub's message goes on for paragraphs
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"--model {model} on --device {device} cannot be loaded: {reason} (a size, a repository "
-            "of the Hugging Face hub, or a folder with a model in CTranslate2's form is wanted)"
+            f"--model {model} on --device {device} cannot be loaded: {reason} (a size, a "
+            "repository of the Hugging Face hub, or a folder in CTranslate2's form is wanted)"
         ) from error
     if language is not None and language not in whisper.supported_languages:
         known = ", ".join(sorted(whisper.supported_languages))
         raise UserError(f"--language {language}: the model {model} knows {known}")
 
     def recognise(pcm: NDArray[np.float32]) -> Iterator[tuple[str, float, float]]:
-        segments, _ = whisper.transcribe(pcm, language=language, **TRANSCRIBE)
-        for segment in segments:
-            for word in segment.words or ():
-                yield word.word, float(word.start), float(word.end)
+        try:
+            segments, _ = whisper.transcribe(pcm, language=language, **TRANSCRIBE)
+            for segment in segments:
+                for word in segment.words or ():
+                    yield word.word, float(word.start), float(word.end)
+        except RuntimeError as error:  # the device's memory, most likely
+            raise UserError(f"faster-whisper failed: {error}") from error
 
     return recognise

@@ -63,6 +63,7 @@ KINDS: dict[str, Kind] = {
     "in two manifests": Kind(ERROR, "what is evaluated must not be trained on: keep it in one"),
     "codes missing": Kind(ERROR, "encode again, or mend the path of the shard"),
     "twice": Kind(NOTE, "it counts twice in training: delete one line unless you want that"),
+    "only listens": Kind(NOTE, "in a short recording Moshi may be silent; else check the export"),
     "user silent": Kind(NOTE, "right for a reading; for a dialogue check the export"),
     "clipped": Kind(NOTE, "a lower gain when it is recorded or mixed would be better"),
     "quiet": Kind(NOTE, "raise its gain: Mimi knows speech at usual levels"),

@@ -89,7 +89,8 @@ def _line(manifest: Path, number: int, raw: bytes) -> Line:
         return Line(manifest, number, problem=f"not JSON ({reason}): {text!r}")
     path = entry.get("path") if isinstance(entry, dict) else None
     names = path if isinstance(path, list) else [path]
-    if not names or not all(isinstance(name, str) and name for name in names):
+    good = tuple(name for name in names if isinstance(name, str) and name)
+    if not good or len(good) < len(names):
         text = raw[:60].decode("utf-8", "replace").strip()
         return Line(manifest, number, problem=f"no path in {text!r}")
-    return Line(manifest, number, entry, tuple(names))
+    return Line(manifest, number, entry, good)

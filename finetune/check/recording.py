@@ -39,8 +39,11 @@ class Checked:
         headers: of its audio files.
         findings: in the order in which they were made.
         rates: Hz of each file that can be read.
-        digests: of what is in each of those that is not silent.
-        transcripts: of each file.
+        digests: of the samples of each of those that is not silent, to the file's name.
+        transcribed: whether any file has a transcript.
+        words: how many can be read.
+        main_seconds: length of those of SPEAKER_MAIN.
+        word_seconds: length of all.
     """
 
     line: Line

@@ -17,7 +17,7 @@ from moshi_ttt.errors import UserError
 FRAME_SECONDS = 0.05
 """Levels are taken this often: a few to a syllable, so that words can be told from pauses."""
 FULL_SCALE = 0.999
-"""Where a sample counts as clipped: converters and limiters stop a little short of 1."""
+"""From here to 1 a sample counts as clipped: limiters stop a little short. Floats above 1 are not."""
 _FRAMES_A_BLOCK = 400  # 20 s: large enough for numpy, small beside a model
 
 Array = NDArray[np.float64]
@@ -76,8 +76,9 @@ def read_sound(path: Path, progress: Callable[[float], object]) -> Sound:
     bad, first, done = 0, None, 0
     try:
         with soundfile.SoundFile(path) as file:
-            while len(x := file.read(size * _FRAMES_A_BLOCK, dtype="float32", always_2d=True)):
-                digest.update(x)
+            while len(block := file.read(size * _FRAMES_A_BLOCK, "float32", always_2d=True)):
+                x = np.ascontiguousarray(block, np.float32)
+                digest.update(x.tobytes())
                 finite = np.isfinite(x)
                 if not finite.all():
                     if first is None:
@@ -87,7 +88,7 @@ def read_sound(path: Path, progress: Callable[[float], object]) -> Sound:
                     x = np.where(finite, x, np.float32(0))
                 magnitude = np.abs(x)
                 peak = np.maximum(peak, magnitude.max(0))
-                full += (magnitude >= FULL_SCALE).sum(0)
+                full += ((magnitude >= FULL_SCALE) & (magnitude <= 1)).sum(0)
                 total += x.sum(0, dtype=np.float64)
                 whole = len(x) // size * size
                 for frames in (x[:whole].reshape(-1, size, info.channels), x[None, whole:]):

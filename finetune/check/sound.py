@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
-from finetune.check.samples import FRAME_SECONDS, FULL_SCALE, Array, Sound
+from finetune.check.samples import FRAME_SECONDS, Array, Sound
 
 SPEECH_SECONDS = 0.3
 """A channel with less sound than this has no speech: longer than a click, as a short "yes" is."""
@@ -28,6 +29,9 @@ CLIPPED_SHARE, BADLY_CLIPPED_SHARE = 1e-3, 1e-2
 """Of the time with speech. A peak-normalised file has 1e-5; at 1 % every loud vowel is cut flat."""
 OVER_SCALE = 4.0
 """Largest sample of a float file: mixing goes over 1 by a little, 16-bit integers by 32768."""
+LISTENING_SECONDS = 60.0
+"""In a stereo recording shorter than this Moshi may well do nothing but listen: of a telephone call
+cut into pieces of 20 s, a sixth have a silent side, of 60 s none."""
 DC_OFFSET = 0.02
 """Mean of the samples, of full scale: cheap sound cards have 0.005."""
 LOWEST_RATE = 16_000
@@ -47,13 +51,13 @@ def decibels(power: float) -> float:
 def loudest(power: Array) -> float:
     """Level in dBFS that a channel `[F]` reaches for 0.3 s in all, or for as long as it is."""
     frames = min(len(power), round(SPEECH_SECONDS / FRAME_SECONDS))
-    return decibels(np.partition(power, -frames)[-frames])
+    return decibels(float(np.partition(power, -frames)[-frames]))
 
 
 def is_silent(power: Array) -> bool:
     """Whether a channel `[F]` has no speech: nothing, next to nothing, or steady noise."""
     top = loudest(power)
-    return top < SILENT_DBFS or top - decibels(np.quantile(power, 0.1)) < STEADY_DB
+    return top < SILENT_DBFS or top - decibels(float(np.quantile(power, 0.1))) < STEADY_DB
 
 
 def speech_power(power: Array) -> float:
@@ -61,7 +65,7 @@ def speech_power(power: Array) -> float:
     return float(power[_speech(power)].mean())
 
 
-def _speech(power: Array) -> np.ndarray:
+def _speech(power: Array) -> NDArray[np.bool_]:
     return power >= power.max() * 10 ** (-SPEECH_RANGE_DB / 10)
 
 
@@ -86,23 +90,30 @@ def listen(sound: Sound) -> Iterator[tuple[str, str]]:
 
 def _listen_to(sound: Sound, channel: int) -> Iterator[tuple[str, str]]:
     power, peak = sound.power[:, channel], sound.peak[channel]
-    if abs(sound.mean[channel]) > DC_OFFSET:
-        yield "DC offset", f"is {sound.mean[channel]:+.3f} on average"
     if peak > OVER_SCALE:
         yield "scale", f"reaches {peak:.0f}, and 1 is full scale"
         return
+    if abs(sound.mean[channel]) > DC_OFFSET:
+        yield "DC offset", f"is {sound.mean[channel]:+.3f} on average"
     if is_silent(power):
         loud = loudest(power)
         how = "is silent" if loud < SILENT_DBFS else "has only steady noise or hum"
-        yield "silent" if channel == 0 else "user silent", f"{how} ({loud:.0f} dBFS)"
+        yield _silence(sound, channel), f"{how} ({loud:.0f} dBFS)"
         return
     level = decibels(speech_power(power))
     if level < QUIET_DBFS:
         yield "quiet", f"has speech at {level:.0f} dBFS"
     clipped = sound.full_scale[channel] / (_speech(power).sum() * FRAME_SECONDS)
-    if peak >= FULL_SCALE and clipped >= CLIPPED_SHARE:
+    if clipped >= CLIPPED_SHARE:
         kind = "badly clipped" if clipped >= BADLY_CLIPPED_SHARE else "clipped"
         yield kind, f"is at full scale in {clipped:.2%} of its speech"
+
+
+def _silence(sound: Sound, channel: int) -> str:
+    if channel == 1:
+        return "user silent"
+    listens = sound.channels == 2 and sound.seconds < LISTENING_SECONDS
+    return "only listens" if listens and not is_silent(sound.power[:, 1]) else "silent"
 
 
 def same_share(sound: Sound) -> float:

@@ -129,7 +129,7 @@ def compare(sound: Sound, words: list[Word]) -> Iterator[tuple[str, str]]:
             "swapped channels",
             f"in {there:.0%} of {len(main)} words of {MAIN_SPEAKER} it is the right that speaks",
         )
-    elif 1 - here > UNFIT_SHARE:
+    elif 1 - here > UNFIT_SHARE and not is_silent(sound.power[:, 0]):  # which is named already
         yield (
             "words do not fit",
             f"in {1 - here:.0%} of {len(main)} words of {MAIN_SPEAKER} the "

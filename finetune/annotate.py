@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from finetune.check.lines import manifests, read_lines
+from finetune.check.report import printable, several
 from finetune.data.transcript import MAIN_SPEAKER, transcript_path
 from finetune.whisper import SAMPLE_RATE, Recogniser, load_whisper
 from moshi_ttt.audio import audio_info, read_audio
@@ -90,10 +91,12 @@ def annotate(
     """
     jobs, there, failed = _jobs(paths, overwrite)
     if there:
-        _say(f"{there} files have a transcript and are left as they are (--overwrite)")
+        _say(
+            f"{several(there, 'file')} with a transcript left as it was (--overwrite does it again)"
+        )
     if jobs:
         seconds = sum(duration for duration, _ in jobs.values())
-        _say(f"{len(jobs)} files, {seconds / 3600:.2f} hours of audio to transcribe")
+        _say(f"{several(len(jobs), 'file')} to transcribe, {seconds / 3600:.2f} hours of audio")
         recognise = load()
         begun = time.monotonic()
         done = 0.0
@@ -120,7 +123,7 @@ def annotate(
             f"{done / 3600 / max(hours, 1e-9):.1f} hours an hour"
         )
     if failed:
-        raise UserError(f"{failed} files or lines could not be transcribed; they are named above")
+        raise UserError(f"{several(failed, 'recording')} could not be transcribed: see above")
 
 
 def _jobs(paths: Sequence[Path], overwrite: bool) -> tuple[dict[Path, tuple[float, str]], int, int]:
@@ -170,8 +173,8 @@ def _broken(where: str, path: Path | None, error: Exception) -> int:
 
 
 def _say(text: str) -> None:
-    line = " ".join(text.split())
-    tqdm.write(line.encode("utf-8", "backslashreplace").decode("utf-8"), file=sys.stdout)
+    tqdm.write(printable(" ".join(text.split())), file=sys.stdout)
+    sys.stdout.flush()
 
 
 def _content(audio: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from finetune.check.findings import ERROR, KINDS, Finding
 from finetune.check.lines import manifests, read_lines
 from finetune.check.recording import Checked, check_line, read_header
-from finetune.check.report import LISTED, as_json, as_text
+from finetune.check.report import LISTED, as_json, as_text, printable
 from moshi_ttt.errors import UserError
 from moshi_ttt.files import check_writable, written_whole
 
@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> bool:
     if out is not None:
         with written_whole(out) as beside:
             beside.write_text(json.dumps(as_json(checked, findings), indent=1), encoding="utf-8")
-    sys.stdout.write(as_text(checked, findings, None if args.all else LISTED) + "\n")
+    text = as_text(checked, findings, None if args.all else LISTED)
+    sys.stdout.write(printable(text) + "\n")
     return not any(KINDS[f.kind].severity == ERROR for f in findings)
 
 

@@ -89,7 +89,7 @@ def _line(manifest: Path, number: int, raw: bytes) -> Line:
         return Line(manifest, number, problem=f"not JSON ({reason}): {text!r}")
     path = entry.get("path") if isinstance(entry, dict) else None
     names = path if isinstance(path, list) else [path]
-    good = tuple(name for name in names if isinstance(name, str) and name)
+    good = tuple(name for name in names if isinstance(name, str) and name and "\0" not in name)
     if not good or len(good) < len(names):
         text = raw[:60].decode("utf-8", "replace").strip()
         return Line(manifest, number, problem=f"no path in {text!r}")

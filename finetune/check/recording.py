@@ -137,7 +137,9 @@ def check_line(
             if not is_silent(sound.power.max(1)):
                 found.digests[sound.digest] = file_name
     _count(found, transcripts, name)
-    if not any(f.kind.startswith("file") for f in found.findings):
+    if all(h.problem is None for h in headers) and "file broken" not in {
+        f.kind for f in found.findings
+    }:
         _check_duration(found, line.entry.get("duration"), name)
         if duration_sec is not None and found.seconds < duration_sec:
             found.add("short", f"{found.seconds:.1f} s, the segment {duration_sec:g} s", name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from finetune.check.recording import Checked
 
 LISTED = 20
 """Findings of a kind that are listed unless all are asked for."""
+LONGEST = 200
+"""Characters of a name or a detail that are shown."""
 EDGES = {10: "10 s", 30: "30 s", 60: "1 min", 300: "5 min", 1800: "30 min", 3600: "1 h"}
 """Of the histogram of durations, in seconds."""
 
@@ -79,20 +82,29 @@ def as_text(
     if findings:
         parts += [_counts(findings), *_to_fix(findings, listed)]
     parts.append(closing(findings))
-    text = "\n\n".join(parts)
-    # a name on disk may hold bytes that are no text
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "\n\n".join(parts)
 
 
 def closing(findings: Sequence[Finding]) -> str:
     """One line: ready or not."""
     errors = [f for f in findings if KINDS[f.kind].severity == ERROR]
     notes = len(findings) - len(errors)
-    more = f" ({notes} notes)" if notes else ""
+    more = f" ({several(notes, 'note')})" if notes else ""
     if not errors:
         return f"ready{more}"
     files = len({(f.manifest, f.line, f.file) for f in errors})
-    return f"not ready: {len(errors)} problems in {files} files{more}"
+    return f"not ready: {several(len(errors), 'problem')} in {several(files, 'file')}{more}"
+
+
+def several(number: int, what: str) -> str:
+    """A number of things, as one says it."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def printable(text: str) -> str:
+    """What the terminal can show of a text: a file's name may hold anything."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _by_manifest(checked: Sequence[Checked]) -> dict[Path, list[Checked]]:
@@ -103,9 +115,8 @@ def _by_manifest(checked: Sequence[Checked]) -> dict[Path, list[Checked]]:
 
 
 def _overview(checked: Sequence[Checked]) -> str:
-    rows = [
-        ["manifest", "recordings", "hours", "mono", "stereo", "transcripts", "words", "Moshi's"]
-    ]
+    header = "manifest recordings hours mono stereo transcripts words SPEAKER_MAIN"
+    rows = [header.split()]
     groups: dict[str, Sequence[Checked]] = {str(m): c for m, c in _by_manifest(checked).items()}
     if len(groups) > 1:
         groups["all"] = checked
@@ -150,14 +161,17 @@ def _to_fix(findings: Sequence[Finding], listed: int | None) -> Iterator[str]:
             lines = [f"{kind} ({severity}): {advice}"]
             for f in found[:listed]:
                 where = f"{f.manifest}:{f.line}" if f.line else str(f.manifest)
-                lines.append("  ".join(["", *filter(None, (where, f.file, _one_line(f.detail)))]))
+                lines.append(
+                    "  ".join(["", *filter(None, map(_one_line, (where, f.file, f.detail)))])
+                )
             if len(found) > len(found[:listed]):
                 lines.append(f"  ... and {len(found) - len(found[:listed])} more (--all)")
             yield "\n".join(lines)
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 3]} ... {line[-LONGEST // 2 :]}"
 
 
 def _table(rows: Sequence[Sequence[str]], left: int = 1) -> str:

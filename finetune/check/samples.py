@@ -17,7 +17,7 @@ from moshi_ttt.errors import UserError
 FRAME_SECONDS = 0.05
 """Levels are taken this often: a few to a syllable, so that words can be told from pauses."""
 FULL_SCALE = 0.999
-"""From here to 1 a sample counts as clipped: limiters stop a little short. Floats above 1 are not."""
+"""From here to 1 a sample is clipped: limiters stop a little short; floats above 1 are not cut."""
 _FRAMES_A_BLOCK = 400  # 20 s: large enough for numpy, small beside a model
 
 Array = NDArray[np.float64]

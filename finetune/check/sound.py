@@ -74,7 +74,7 @@ def listen(sound: Sound) -> Iterator[tuple[str, str]]:
     if sound.first_not_finite is not None:
         index, channel = sound.first_not_finite
         name = channel_name(channel, sound.channels)
-        yield "not finite", f"{sound.not_finite} samples; the first is {index} of {name}"
+        yield "not finite", f"{sound.not_finite} of its samples; the first is {index} of {name}"
     if sound.sample_rate < LOWEST_RATE:
         yield "low sample rate", f"{sound.sample_rate} Hz"
     identical = same_share(sound)

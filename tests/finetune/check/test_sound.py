@@ -97,7 +97,7 @@ def test_samples_that_are_no_number(tmp_path, value):
     pcm = long().astype(np.float32)
     pcm[21 * RATE, 1] = pcm[22 * RATE, 0] = value  # in the second block
     details = dict(listen(sound_of(tmp_path, pcm, subtype="FLOAT")))
-    assert details == {"not finite": f"2 samples; the first is {21 * RATE} of right (user)"}
+    assert details == {"not finite": f"2 of its samples; the first is {21 * RATE} of right (user)"}
 
 
 def test_swapped_and_foreign_transcripts(tmp_path):

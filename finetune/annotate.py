@@ -150,6 +150,8 @@ def _jobs(paths: Sequence[Path], overwrite: bool) -> tuple[dict[Path, tuple[floa
                     jobs[file] = duration, line.where
             except (UserError, OSError) as error:
                 failed += _broken(line.where, file, error)
+    if not (jobs or there or failed):
+        raise UserError(f"no recordings in {', '.join(map(str, paths))}")
     _refuse_shared(list(jobs))
     return jobs, len(there), failed
 

@@ -15,7 +15,7 @@ from finetune.check.findings import Finding
 from finetune.check.lines import Line
 from finetune.check.samples import Sound, read_sound
 from finetune.check.sound import is_silent, listen
-from finetune.check.words import Transcript, compare, read_transcript, unknown_words
+from finetune.check.words import Transcript, compare, judge, read_transcript, unknown_words
 from finetune.data.manifest import DURATION_TOLERANCE
 from moshi_ttt.audio import audio_info
 from moshi_ttt.errors import UserError
@@ -195,14 +195,24 @@ def _number(value: Any) -> float | None:
 
 
 def _check_codes(found: Checked, shard: Path, name: str) -> None:
+    """What a line of a manifest of codes says of itself, and whether its shard has that."""
+    entry = found.line.entry
     found.add("encoded already", shard.name, name)
-    key = found.line.entry.get("key")
+    key, said = entry.get("key"), [entry.get(k) for k in ("channels", "codebooks", "frames")]
+    if found.seconds == 0:
+        found.add("duration", f"must be a positive number, got {entry.get('duration')!r}", name)
     try:
         with safe_open(shard, "pt") as stored:
-            if key not in stored.keys():
-                found.add("codes missing", f"{shard} has no {key!r}", name)
+            shape = stored.get_slice(key).get_shape() if isinstance(key, str) else None
+            if shape != said:
+                found.add("codes missing", f"{shard}: {key} is {shape}, its line says {said}", name)
     except (SafetensorError, OSError) as error:
-        found.add("codes missing", f"{shard}: {' '.join(str(error).split())[:120]}", name)
-    words = found.line.entry.get("alignments")
-    found.transcribed = isinstance(words, list)
-    found.words = len(words) if isinstance(words, list) else 0
+        found.add("codes missing", f"{shard}: {error}", name)
+    if isinstance(key, str):
+        found.digests[key] = name  # it is that of the audio
+    transcripts = [Transcript()]
+    if entry.get("alignments") is not None:
+        transcripts = [judge(entry["alignments"], found.seconds, "its line")]
+    for kind, detail in transcripts[0].findings:
+        found.add(kind, detail, name)
+    _count(found, transcripts, name)

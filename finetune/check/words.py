@@ -65,24 +65,30 @@ def read_transcript(audio: Path, duration: float) -> Transcript:
         return Transcript(findings=[("transcript broken", f"{path.name}: {error}")])
     if not isinstance(content, dict) or "alignments" not in content:
         return Transcript()
-    if not isinstance(content["alignments"], list):
-        return Transcript(findings=[("transcript broken", f"{path.name}: no list of alignments")])
-    found = Transcript([])
+    return judge(content["alignments"], duration, path.name)
+
+
+def judge(alignments: Any, duration: float, name: str) -> Transcript:
+    """Look at alignments as they stand in JSON; `name` says where that was."""
+    if not isinstance(alignments, list):
+        return Transcript(findings=[("transcript broken", f"{name}: no list of alignments")])
+    words: list[Word] = []
+    findings: list[tuple[str, str]] = []
     details: dict[str, list[str]] = defaultdict(list)
-    for kind, detail, word in _look(content["alignments"], duration):
-        if word is not None and found.words is not None:
-            found.words.append(word)
+    for kind, detail, word in _look(alignments, duration):
+        if word is not None:
+            words.append(word)
         if kind is not None:
             details[kind].append(detail)
     for kind, several in details.items():
         more = f" and {len(several) - 1} more" if len(several) > 1 else ""
-        found.findings.append((kind, several[0] + more))
-    if not content["alignments"]:
-        found.findings.append(("transcript empty", f"{path.name} has no words"))
-    elif found.words and not any(w.speaker == MAIN_SPEAKER for w in found.words):
-        labels = ", ".join(sorted({repr(w.speaker)[:30] for w in found.words})[:5])
-        found.findings.append(("no SPEAKER_MAIN", f"{len(found.words)} words are of {labels}"))
-    return found
+        findings.append((kind, several[0] + more))
+    if not alignments:
+        findings.append(("transcript empty", f"{name} has no words"))
+    elif words and not any(w.speaker == MAIN_SPEAKER for w in words):
+        labels = ", ".join(sorted({repr(w.speaker)[:30] for w in words})[:5])
+        findings.append(("no SPEAKER_MAIN", f"the {len(words)} words are of {labels}"))
+    return Transcript(words, findings)
 
 
 def _look(entries: list[Any], duration: float) -> Iterator[tuple[str | None, str, Word | None]]:

@@ -156,21 +156,38 @@ def test_a_recording_of_several_files(tmp_path):
 
 
 def test_a_manifest_of_codes(tmp_path):
-    save_file({"k1": torch.zeros(2, 8, 100, dtype=torch.int16)}, tmp_path / "s.safetensors")
-    line = {"path": "a.wav", "duration": 8.0, "channels": 2, "shard": "s.safetensors", "key": "k1"}
+    codes = {k: torch.zeros(2, 8, 100, dtype=torch.int16) for k in ("k0", "k1", "k2", "k3")}
+    save_file(codes, tmp_path / "s.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
-    path = manifest(
-        tmp_path,
-        line | {"alignments": words()},
-        line | {"key": "k2"},
-        line | {"shard": "gone.safetensors"},
-        line | {"shard": "bad.safetensors"},
-    )
+    size = {"channels": 2, "codebooks": 8, "frames": 100, "duration": 8.0}
+
+    def line(i, **other):
+        return {"path": f"{i}.wav", "shard": "s.safetensors", "key": f"k{i}"} | size | other
+
+    good = [line(0, alignments=words()), line(1)]
+    path = manifest(tmp_path, *good)
     _, told = findings(path)
-    counts = {k: n for k, n in told["counts"].items() if k != "twice"}
-    assert counts == {"encoded already": 4, "codes missing": 3}
-    assert told["summary"]["hours_by_channels"]["stereo"] * 3600 == pytest.approx(32.0)
-    assert told["summary"]["transcripts"] == 1
+    assert told["counts"] == {"encoded already": 2, "no transcript": 1}
+    assert told["summary"]["hours_by_channels"]["stereo"] * 3600 == pytest.approx(16.0)
+    assert (told["summary"]["transcripts"], told["summary"]["main_share"]) == (1, 1.0)
+    spoilt = [
+        line(2, frames=99),
+        line(7),
+        line(3, shard="gone.safetensors"),
+        line(4, shard="bad.safetensors"),
+        line(5, key=None),
+        line(3, duration=-1, path="x.wav"),
+        line(2, alignments=[["a", [7.0, 9.0], "SPEAKER_MAIN"]], path="y.wav"),
+        line(1, path="renamed.wav"),
+    ]
+    _, told = findings(path, manifest(tmp_path, *spoilt, name="eval.jsonl"))
+    errors = [(f["line"], f["kind"]) for f in told["findings"] if f["severity"] == "error"]
+    assert errors == [
+        *((i, "codes missing") for i in range(1, 6)),
+        (6, "duration"),
+        (7, "words past the end"),
+        (8, "in two manifests"),
+    ]
 
 
 def test_tokenizer(tmp_path, tokenizer):

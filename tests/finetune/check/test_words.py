@@ -36,7 +36,7 @@ def transcript(folder, content):
         ([GOOD, ["b", 0.5, M], ["c", [1, 2]], 7, None], {"transcript broken": "and 3 more"}),
         ([GOOD, ["b", ["0", "1"], M]], {"transcript broken": "alignment 1"}),
         ([], {"transcript empty": "a.json has no words"}),
-        ([["b", [0.5, 0.6], "SPEAKER_0"]], {"no SPEAKER_MAIN": "1 words are of 'SPEAKER_0'"}),
+        ([["b", [0.5, 0.6], "SPEAKER_0"]], {"no SPEAKER_MAIN": "the 1 words are of 'SPEAKER_0'"}),
         ({"a": 1}, {"transcript broken": "no list"}),
         (None, {"transcript broken": "no list"}),
     ],

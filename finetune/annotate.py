@@ -26,7 +26,7 @@ from finetune.data.transcript import MAIN_SPEAKER, transcript_path
 from finetune.whisper import SAMPLE_RATE, Recogniser, load_whisper
 from moshi_ttt.audio import audio_info, read_audio
 from moshi_ttt.errors import UserError, no_space_left, run_cli
-from moshi_ttt.files import written_whole
+from moshi_ttt.files import check_writable, written_whole
 
 USER_SPEAKER = "SPEAKER_USER"
 """The label of the user's side."""
@@ -147,6 +147,7 @@ def _jobs(paths: Sequence[Path], overwrite: bool) -> tuple[dict[Path, tuple[floa
                 if "alignments" in _content(file) and not overwrite:
                     there.add(file)
                 else:
+                    check_writable(transcript_path(file))
                     jobs[file] = duration, line.where
             except (UserError, OSError) as error:
                 failed += _broken(line.where, file, error)

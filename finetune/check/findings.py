@@ -49,7 +49,7 @@ KINDS: dict[str, Kind] = {
     "not finite": Kind(ERROR, "the program that wrote the file divided by zero: export it again"),
     "scale": Kind(ERROR, "integers were saved as floats: divide the samples by 32768"),
     "silent": Kind(ERROR, "Moshi would learn to say nothing: check the export, or delete the line"),
-    "identical channels": Kind(ERROR, "one signal saved as stereo: save it as mono, or separate"),
+    "identical channels": Kind(ERROR, "one signal saved as stereo: save it as mono"),
     "swapped channels": Kind(ERROR, "Moshi is left: exchange the channels (sox a.wav b.wav swap)"),
     "badly clipped": Kind(ERROR, "recorded or mixed too loud: export it with a lower gain"),
     "transcript broken": Kind(ERROR, "mend or delete the json beside the audio, or annotate again"),

@@ -93,4 +93,7 @@ def _line(manifest: Path, number: int, raw: bytes) -> Line:
     if not good or len(good) < len(names):
         text = raw[:60].decode("utf-8", "replace").strip()
         return Line(manifest, number, problem=f"no path in {text!r}")
+    speaker = entry.get("speaker")
+    if not (speaker is None or isinstance(speaker, str)):
+        return Line(manifest, number, problem=f"speaker must be text, got {str(speaker)[:30]}")
     return Line(manifest, number, entry, good)

@@ -116,7 +116,7 @@ def _by_manifest(checked: Sequence[Checked]) -> dict[Path, list[Checked]]:
 
 def _overview(checked: Sequence[Checked]) -> str:
     header = "manifest recordings hours mono stereo transcripts words SPEAKER_MAIN"
-    rows: list[list[str]] = [header.split()]
+    rows: list[Sequence[str]] = [header.split()]
     groups: dict[str, Sequence[Checked]] = {str(m): c for m, c in _by_manifest(checked).items()}
     if len(groups) > 1:
         groups["all"] = checked

@@ -211,6 +211,14 @@ def test_two_files_with_one_transcript_are_refused(tmp_path):
         annotate([manifest(tmp_path, *lines)], never)
 
 
+def test_a_transcript_that_cannot_be_written_is_named_before_the_work(tmp_path, capsys):
+    path = manifest(tmp_path, write(tmp_path, "a.wav", dialogue()))
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(UserError, match="1 recording could not"):
+        annotate([path], never)
+    assert f"{path}:1: {tmp_path}/a.json" in capsys.readouterr().out
+
+
 def test_the_same_file_twice_is_transcribed_once(tmp_path):
     line = write(tmp_path, "a.wav", voice(LEFT))
     calls = []

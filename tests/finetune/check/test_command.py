@@ -240,14 +240,14 @@ def test_broken_lines(tmp_path):
     good = write(tmp_path, "a.wav", dialogue(), words())
     lines = [
         "{", "[1, 2]", "null", '{"path": 3}', '{"path": []}', '{"path": ["a.wav", 3]}',
-        '{"path": ""}', "[" * 100_000, "1" * 5_000, '{"path": "a\\u0000b.wav"}', json.dumps(good),
+        '{"path": ""}', '{"path": "a.wav", "speaker": 7}', "[" * 100_000, "1" * 5_000, '{"path": "a\\u0000b.wav"}', json.dumps(good),
     ]  # fmt: skip
     path = manifest(tmp_path, *lines)
     with path.open("ab") as file:
         file.write(b'{"path": "\xff\xfe.wav"}\r\n')
     _, told = findings(path)
-    assert told["counts"] == {"broken line": 11}
-    assert [f["line"] for f in told["findings"]] == [*range(1, 11), 12]
+    assert told["counts"] == {"broken line": 12}
+    assert [f["line"] for f in told["findings"]] == [*range(1, 12), 13]
     assert told["summary"]["hours"] * 3600 == pytest.approx(8.0)
 
 

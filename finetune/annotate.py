@@ -183,7 +183,7 @@ def _say(text: str) -> None:
 def _content(audio: Path) -> dict[str, Any]:
     """What the json beside an audio file holds; nothing if there is none."""
     path = transcript_path(audio)
-    if not path.exists():
+    if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -240,7 +240,8 @@ def test_broken_lines(tmp_path):
     good = write(tmp_path, "a.wav", dialogue(), words())
     lines = [
         "{", "[1, 2]", "null", '{"path": 3}', '{"path": []}', '{"path": ["a.wav", 3]}',
-        '{"path": ""}', '{"path": "a.wav", "speaker": 7}', "[" * 100_000, "1" * 5_000, '{"path": "a\\u0000b.wav"}', json.dumps(good),
+        '{"path": ""}', '{"path": "a.wav", "speaker": 7}', "[" * 100_000, "1" * 5_000,
+        '{"path": "a\\u0000b.wav"}', json.dumps(good),
     ]  # fmt: skip
     path = manifest(tmp_path, *lines)
     with path.open("ab") as file:

@@ -1,4 +1,4 @@
-"""Reading audio of any rate and format soundfile knows, as float32 at 24 kHz."""
+"""Reading audio of any rate and format soundfile knows, as float32, resampled."""
 
 from __future__ import annotations
 
@@ -82,6 +82,8 @@ def audio_info(path: str | os.PathLike[str]) -> AudioInfo:
         info = soundfile.info(path)
     except soundfile.LibsndfileError as error:
         raise UserError(f"{path}: not readable as audio: {error.error_string}") from error
+    except TypeError as error:  # a name that ends in .raw: soundfile asks for what it has no header
+        raise UserError(f"{path}: not readable as audio: {error}") from error
     if info.frames == 0:
         raise UserError(f"{path}: the audio is empty (0 samples)")
     if info.channels > 2:
@@ -91,11 +93,15 @@ def audio_info(path: str | os.PathLike[str]) -> AudioInfo:
     return AudioInfo(info.frames, info.samplerate, info.channels)
 
 
-def read_audio(path: str | os.PathLike[str]) -> Tensor:
-    """Read a whole file at its own rate and resample it to 24 kHz.
+def read_audio(path: str | os.PathLike[str], sample_rate: int = SAMPLE_RATE) -> Tensor:
+    """Read a whole file at its own rate and resample it.
+
+    Args:
+        path: the file.
+        sample_rate: Hz, of the result.
 
     Returns:
-        float32 `[channels, N]` at 24 kHz, channels 1 or 2, N = ceil(frames * 24000 / rate).
+        float32 `[channels, N]`, channels 1 or 2, N = ceil(frames * sample_rate / its own rate).
 
     Raises:
         UserError: as `audio_info`; also a file that ends before its header says, or a sample
@@ -116,4 +122,4 @@ def read_audio(path: str | os.PathLike[str]) -> Tensor:
         index, channel = np.argwhere(~finite)[0]
         raise UserError(f"{path}: sample {index} of channel {channel} is {samples[index, channel]}")
     pcm = torch.from_numpy(np.ascontiguousarray(samples.T))
-    return resample(pcm, info.sample_rate, SAMPLE_RATE)
+    return resample(pcm, info.sample_rate, sample_rate)

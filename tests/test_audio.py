@@ -76,6 +76,21 @@ def test_broken_files_are_named(tmp_path, name, spoil, words):
     assert str(path) in str(error.value)
 
 
+def test_a_file_named_raw_has_no_header_and_is_named(tmp_path):
+    path = tmp_path / "a.raw"
+    path.write_bytes(bytes(1000))
+    with pytest.raises(UserError, match=r"a\.raw: not readable as audio"):
+        audio_info(path)
+
+
+def test_another_rate_where_it_is_asked_for(tmp_path):
+    path = write(tmp_path / "a.wav", tone(1.0, 8_000, 2), 8_000, subtype="FLOAT")
+    pcm = read_audio(path, 16_000)
+    assert pcm.shape == (2, 16_000)
+    middle = slice(2_000, 14_000)
+    assert np.abs(pcm[1, middle].numpy() - tone(1.0, 16_000)[middle, 0]).max() < 5e-3
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_sample_that_is_no_number_is_named(tmp_path, value):
     samples = tone(1, 24_000, 2)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from finetune.data.encoding import Job, encode_jobs, mimi_fingerprint
 from finetune.data.manifest import Line, read_lines
 from finetune.data.shards import INDEX, MIB, ShardFolder
-from finetune.model import load_codec
+from finetune.model import load_mimi
 from moshi_ttt.base import Base, find_base
 from moshi_ttt.codec import encode_recording
 from moshi_ttt.errors import UserError, run_cli
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     lines = _lines(args.manifest)
     device = _device(args.device)
     base = _base(args.base)
-    mimi, _ = load_codec(base, device)
+    mimi = load_mimi(base, device)
     folder = ShardFolder(Path(args.out).expanduser(), mimi_fingerprint(mimi), mimi.cardinality)
     folder.check_same_manifest(lines)
 

@@ -115,9 +115,12 @@ class MasterAdamW:
         for p, master in self.pairs:
             if master is not p:
                 master.grad = None if p.grad is None else p.grad.float()
-        params = [m for _, m in self.pairs]
-        norm = float(gathered(torch.nn.utils.clip_grad_norm_(params, max_norm or math.inf)))
+        grads = [master.grad for _, master in self.pairs if master.grad is not None]
+        norm = float(gathered(torch.nn.utils.get_total_norm(grads)))
         if math.isfinite(norm):
+            if norm > max_norm:
+                # by a number: torch's own clipping of DTensors does it with one of float32
+                torch._foreach_mul_(grads, max_norm / (norm + 1e-6))
             self.adamw.step()
             with torch.no_grad():
                 for p, master in self.pairs:

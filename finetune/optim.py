@@ -116,11 +116,14 @@ class MasterAdamW:
             if master is not p:
                 master.grad = None if p.grad is None else p.grad.float()
         grads = [master.grad for _, master in self.pairs if master.grad is not None]
-        norm = float(gathered(torch.nn.utils.get_total_norm(grads)))
+        total = gathered(torch.nn.utils.get_total_norm(grads))
+        norm = float(total)
         if math.isfinite(norm):
-            if norm > max_norm:
-                # by a number: torch's own clipping of DTensors does it with one of float32
-                torch._foreach_mul_(grads, max_norm / (norm + 1e-6))
+            if max_norm:
+                # as torch clips, but by a number: it clips DTensors by one rounded to float32
+                scale = float((max_norm / (total + 1e-6)).clamp(max=1.0))
+                for grad in grads:
+                    grad.mul_(scale)
             self.adamw.step()
             with torch.no_grad():
                 for p, master in self.pairs:

@@ -17,7 +17,15 @@ from finetune.optim import MasterAdamW
 from finetune.sharding import gathered
 from finetune.world import ALONE, World
 from moshi_ttt.hybrid import HybridLMModel
-from moshi_ttt.lanes import linked_segments, put_lanes, reset_lanes, take_lanes, use_slot
+from moshi_ttt.lanes import (
+    lanes_of,
+    linked_segments,
+    named_tensors,
+    put_lanes,
+    reset_lanes,
+    take_lanes,
+    use_slot,
+)
 from moshi_ttt.states import reset_ttt_states, ttt_blocks
 
 
@@ -73,7 +81,8 @@ def train_step(
     the batch has none of is left out.
 
     With a loss or gradient that is not a number nothing is updated, and the lanes go on from where
-    they were before the step; a lane whose recording began in it starts anew at its next segment.
+    they were before the step; a lane whose recording began in it, or that carried such a number
+    into it, starts anew at its next segment.
 
     Args:
         model: with lanes attached for these batches (`attach_lanes`), if anything is to be carried.
@@ -121,11 +130,14 @@ def train_step(
             # also of a loss that is no number: in a sharded model the other ranks wait for it
             (loss * world.size).backward()  # FSDP takes the mean over the ranks
     assert total is not None
-    norm = optimizer.step(max_norm)
-    if not math.isfinite(norm) and not bad:
+    reasons: list[str] = []
+    if world.any(bool(bad)):
+        optimizer.clear()
+        norm = math.nan
+        reasons = [reason for found in world.gather(bad) for reason in found]
+    elif not math.isfinite(norm := optimizer.step(max_norm)):  # of all gradients: on every rank
         names = "; ".join(b.describe() for batches in ticks for b in batches)
-        bad.append(f"gradient norm is {norm} on {names}")
-    reasons = [] if math.isfinite(norm) else [r for found in world.gather(bad) for r in found]
+        reasons = [f"gradient norm is {norm} on " + "; ".join(world.gather(names))]
     if reasons:
         put_lanes(lm, before)
         _start_anew(lm, ticks)
@@ -145,11 +157,15 @@ def train_step(
 
 
 def _start_anew(lm: LMModel, ticks: Sequence[Sequence[Batch]]) -> None:
-    """Mark the rows whose recording began in a step that is taken back."""
+    """After a step is taken back: rows whose recording began in it, or whose state is broken."""
     for slot in range(len(ticks[0])):
         use_slot(lm, slot)
-        for batches in ticks:
-            reset_lanes(lm, batches[slot].begins)
+        rows = torch.stack([batches[slot].begins for batches in ticks]).any(0)
+        for lanes in lanes_of(lm).values():
+            value = lanes.values[slot]
+            for _, tensor in named_tensors(value) if value is not None else ():
+                rows = rows | ~tensor.view(len(rows), -1).isfinite().all(1).cpu()
+        reset_lanes(lm, rows)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -228,7 +229,8 @@ def main() -> None:
     try:
         run_cli(lambda: fire.Fire(command))
     except Stopped as stopped:
-        sys.stderr.write(f"{stopped}\n")
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"{stopped}\n")
         sys.exit(128 + stopped.signum)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: checkpoints written so far stay\n")

@@ -130,11 +130,15 @@ def as_markdown(rows: list[dict[str, Any]], seeds: Sequence[int]) -> str:
 def main() -> None:
     """Command line: `python -m eval.bench.passing`."""
     parser = argparse.ArgumentParser(prog="python -m eval.bench.passing", description=__doc__)
-    parser.add_argument("--root", type=Path, default=Path("runs/passing"), help="folder of the runs")
+    parser.add_argument(
+        "--root", type=Path, default=Path("runs/passing"), help="folder of the runs"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max-steps", type=int, default=250)
     parser.add_argument("--rounds", type=int, default=3, help="of timing")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="gets passing.md and passing.json")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="gets passing.md and passing.json"
+    )
     args = parser.parse_args()
 
     def body() -> None:

@@ -15,9 +15,10 @@ import torch
 
 from finetune.args import load_args
 from finetune.world import World, rows_of
+from moshi_ttt.checkpoint import load
 from moshi_ttt.errors import UserError
 from tests.finetune.ranks import on_ranks, steps, train
-from tests.finetune.small_run import ROOT, lines
+from tests.finetune.small_run import ROOT, checkpoint, lines
 from tests.finetune.test_loss import batch, segment
 from tests.small import small_base
 
@@ -151,6 +152,25 @@ def test_a_run_saved_on_two_ranks_goes_on_with_one_and_four(world, tmp_path):
         assert [line["lanes_passed"] for line in lines(folder)][3] > 0
     with pytest.raises(UserError, match=r"4 lanes .* cannot be spread evenly over 3 ranks"):
         rows_of(load_args(world.config), World(0, 3), 4)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"lora.enable": False, "full_finetuning": True}, {"lora.ft_embed": True}],
+    ids=["adapters", "full", "embeddings"],
+)
+def test_what_two_ranks_save_is_what_one_saves(world, exact, tmp_path, keys):
+    """Whole, loaded by any one process; in float64, as Adam makes noise of tiny gradients."""
+    keys = {"max_steps": 2, "do_ckpt": True, "moshi_paths.hf_repo_id": str(exact), **keys}
+    run(world, tmp_path / "1", 1, True, **keys)
+    run(world, tmp_path / "2", 2, True, **keys)
+    one, two = (load(checkpoint(tmp_path / n)) for n in "12")
+    assert {**one.about, "base": None} == {**two.about, "base": None}
+    want, got = one.lm.state_dict(), two.lm.state_dict()
+    assert want.keys() == got.keys()
+    for key, tensor in want.items():
+        assert got[key].dtype == tensor.dtype
+        assert torch.allclose(got[key], tensor, atol=1e-9), key
 
 
 def test_lanes_are_kept_on_any_number_of_ranks(world):

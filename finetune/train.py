@@ -13,13 +13,14 @@ import torch
 from moshi.models.lm import LMModel
 
 from finetune import after
-from finetune.args import TrainArgs, load_args
+from finetune.args import TrainArgs
 from finetune.corpora import prepare_corpus
 from finetune.data.codes import CodesCache
 from finetune.data.loader import Layout, Loader
 from finetune.data.manifest import Source, read_sources
 from finetune.data.recording import Recording
 from finetune.data.stored_checks import check_codes, needs_codec
+from finetune.load_args import load_args
 from finetune.loop import Loop, say
 from finetune.loss import TeacherForced
 from finetune.memory_use import check_fits

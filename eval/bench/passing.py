@@ -6,7 +6,6 @@ off. A segment is as long as the attention window. Runs that are finished are no
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ import numpy as np
 
 from eval.bench.ops_table import provenance
 from eval.stats import estimate
-from moshi_ttt.errors import UserError, run_cli
+from moshi_ttt.errors import Parser, UserError, run_cli
 
 ARMS = {
     (passing, kv): f"{'on' if passing else 'off'}, {'on' if kv else 'off'}"
@@ -129,7 +128,7 @@ def as_markdown(rows: list[dict[str, Any]], seeds: Sequence[int]) -> str:
 
 def main() -> None:
     """Command line: `python -m eval.bench.passing`."""
-    parser = argparse.ArgumentParser(prog="python -m eval.bench.passing", description=__doc__)
+    parser = Parser("python -m eval.bench.passing", __doc__)
     parser.add_argument(
         "--root", type=Path, default=Path("runs/passing"), help="folder of the runs"
     )

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from finetune.load_args import load_args
 
-from finetune.args import load_args
 from finetune.loss import LossWeights, TeacherForced
 from finetune.optim import Group, MasterAdamW
 from finetune.step import train_step

@@ -6,8 +6,8 @@ import socket
 import huggingface_hub.constants
 import pytest
 import torch
+from finetune.load_args import load_args
 
-from finetune.args import load_args
 from finetune.corpora import daily_talk
 from finetune.memory_use import check_fits, estimate
 from finetune.model import build_model, find_base_of

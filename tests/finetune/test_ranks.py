@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from finetune.load_args import load_args
 
-from finetune.args import load_args
 from finetune.world import World, rows_of
 from moshi_ttt.checkpoint import load
 from moshi_ttt.errors import UserError

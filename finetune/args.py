@@ -275,6 +275,15 @@ class TrainArgs:
             full or lora.enable or self.ttt is not None,
             "full_finetuning and lora.enable are false and ttt is null: nothing to train",
         )
+        start = self.memory_start_step
+        check(
+            self.ttt is None or start < self.max_steps,
+            f"memory_start_step is {start}, but max_steps {self.max_steps}: no step would use it",
+        )
+        check(
+            full or lora.enable or start == 0,
+            f"memory_start_step is {start}, but before it there is nothing else to train",
+        )
         check(
             not self.do_eval or bool(self.data.eval_data or self.eval.librilight_data),
             "do_eval is true, but data.eval_data and eval.librilight_data are both empty",

@@ -23,7 +23,7 @@ from finetune.data.encoding import Job, encode_jobs, mimi_fingerprint
 from finetune.data.manifest import Line, read_lines
 from finetune.data.shards import INDEX, MIB, ShardFolder
 from finetune.model import load_mimi
-from moshi_ttt.base import Base, find_base
+from moshi_ttt.base import Base, find_base, fingerprint
 from moshi_ttt.codec import encode_recording
 from moshi_ttt.errors import Parser, UserError, run_cli
 from moshi_ttt.models import EMBEDDED_BASE, choose_device
@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     device = _device(args.device)
     base = _base(args.base)
     mimi = load_mimi(base, device)
-    folder = ShardFolder(Path(args.out).expanduser(), mimi_fingerprint(mimi), mimi.cardinality)
+    codec, file = mimi_fingerprint(mimi), fingerprint(base.info.mimi_weights)
+    folder = ShardFolder(Path(args.out).expanduser(), codec, file, mimi.cardinality)
     folder.check_same_manifest(lines)
 
     # a recording that is named twice is encoded once, by one rank

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -24,14 +25,16 @@ from finetune.optim import inner_lr_scale, schedule, set_inner_loop
 from finetune.sharding import whole
 from finetune.signals import Stopped, StopRequest
 from finetune.step import StepResult, memory_metrics, train_step
-from finetune.trainer_state import FOLDER, TrainerState
+from finetune.trainer_state import FOLDER, TrainerState, numbered
 from finetune.world import World
 from moshi_ttt.base import Base
 from moshi_ttt.checkpoint import write_consolidated
 from moshi_ttt.errors import UserError, no_space_left
-from moshi_ttt.files import staging
+from moshi_ttt.files import remove_folder, staging
 from moshi_ttt.lanes import Lanes, detach_lanes, put_lanes, take_lanes
 
+STOP = "stop"
+"""A file of this name in a run's folder is a request to save and stop, like SIGTERM."""
 Moment = tuple[dict[str, int], dict[str, Any], dict[str, Lanes]]
 """Counters, where lanes read and what they carry."""
 
@@ -55,6 +58,7 @@ class Loop:
         evaluation: what is scored on the way.
         run_dir: gets `checkpoints/`.
         here: this rank.
+        known: steps whose checkpoints under `run_dir` are of this very run.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Loop:
         evaluation: after.Evaluation,
         run_dir: Path,
         here: World,
+        known: set[int],
     ) -> None:
         self.args, self.base, self.model, self.lm = args, base, model, model.lm
         self.trainer, self.metrics, self.evaluation = trainer, metrics, evaluation
@@ -76,6 +81,7 @@ class Loop:
         self.rate, self.inner = schedule(args), inner_lr_scale(args)
         self.peaks = [group["lr"] for group in self.optimizer.adamw.param_groups]
         self.stop = StopRequest()
+        self.known = known
 
     def run(self) -> Path | None:
         """Train; leaves the model as it was saved, without lanes.
@@ -88,12 +94,15 @@ class Loop:
             Stopped: a signal came; the state is saved.
         """
         args, progress = self.args, self.trainer.progress
-        last, done, bad = self._saved(progress["step"]), progress["step"], 0
+        done, bad, good = progress["step"], 0, self._moment()
+        last = self._saved(done)
+        self._first(self._clear)
+        if done and self._evaluation_due(done) and not self.metrics.has("held_out", done):
+            self._evaluate(done)  # the run was stopped between saving and scoring
         bar = tqdm(
             total=args.max_steps, initial=done, desc="training", unit="step", dynamic_ncols=True,
             disable=not self.here.first,
         )  # fmt: skip
-        good = self._moment()
         with bar, self.stop.taken():
             for step in range(done + 1, args.max_steps + 1):
                 good = good if bad else self._moment()
@@ -105,16 +114,29 @@ class Loop:
                     say(self.here, f"step {step} is skipped: {result.bad}")
                 if bad >= args.max_skipped_steps:
                     self._give_up(step, result.bad, good)
-                end = step == args.max_steps
-                if args.do_eval and (step % args.eval_freq == 0 if args.eval_freq > 0 else end):
-                    self.evaluation.during(self.model, self.metrics, step)
-                due = args.ckpt_freq > 0 and step % args.ckpt_freq == 0
-                if args.do_ckpt and (due or end):
+                due = args.ckpt_freq > 0 and step % args.ckpt_freq == 0 and not bad
+                if args.do_ckpt and (due or step == args.max_steps):
                     last = self._save(step)
-                if not end:
-                    self._stop_if_asked(step)
+                self._stop_if_asked(step)
+                if self._evaluation_due(step):
+                    self._evaluate(step)
+        self._full_rate(args.max_steps)
         detach_lanes(self.lm)
         return last
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self.args.eval_freq
+        due = step % every == 0 if every > 0 else step == self.args.max_steps
+        return self.args.do_eval and due
+
+    def _evaluate(self, step: int) -> None:
+        self._full_rate(step)
+        self.evaluation.during(self.model, self.metrics, step)
+
+    def _full_rate(self, step: int) -> None:
+        """What is saved writes at the full rate, whatever the warm-up: that is evaluated."""
+        if self.args.ttt is not None:
+            set_inner_loop(self.lm, 1.0, step > self.args.memory_start_step)
 
     def _step(self, step: int, bar: tqdm) -> StepResult:  # pyright: ignore[reportMissingTypeArgument]
         args = self.args
@@ -144,9 +166,6 @@ class Loop:
             self.metrics.log("lanes", step, {"reset": float(result.segments)})
         if log:
             self._log(step, result, time.monotonic() - start, bar)
-        if args.ttt is not None:
-            # what is saved writes at the full rate: evaluate that
-            set_inner_loop(self.lm, 1.0, active)
         return result
 
     def _log(self, step: int, result: StepResult, seconds: float, bar: tqdm) -> None:  # pyright: ignore[reportMissingTypeArgument]
@@ -172,14 +191,32 @@ class Loop:
 
     # -- checkpoints and the end -------------------------------------------------------------------
 
+    def _clear(self) -> None:
+        """See that checkpoints can be written; remove torn ones, and those of later steps.
+
+        Later ones are there where an earlier one was named to go on from: the run gets there again.
+        """
+        if not self.args.do_ckpt:
+            return
+        try:
+            staging(self.folder / "probe").rmdir()
+            for torn in self.folder.glob("checkpoint_*.tmp"):
+                shutil.rmtree(torn)
+            for step, later in numbered(self.folder).items():
+                if step > self.trainer.progress["step"]:
+                    say(self.here, f"     {later} is of a later step: removed")
+                    remove_folder(later)
+        except OSError as error:
+            raise UserError(f"{self.folder}: no folder for checkpoints: {error}") from error
+
     def _saved(self, step: int) -> Path | None:
-        """The `consolidated` folder of a step's checkpoint, if it is there."""
+        """The `consolidated` folder of a step's checkpoint, if this run wrote or loaded it."""
         there = self.folder / f"checkpoint_{step:06d}" / "consolidated"
-        return there if there.is_dir() else None
+        return there if step in self.known and there.is_dir() else None
 
     def _save(self, step: int) -> Path:
         """Adapters and state of this moment, whole or not at all; nothing if they are there."""
-        args, folder = self.args, self.folder / f"checkpoint_{step:06d}"
+        folder = self.folder / f"checkpoint_{step:06d}"
         if (there := self._saved(step)) is not None:
             return there
         # the last update is in no loss yet
@@ -190,20 +227,19 @@ class Loop:
         beside = folder.with_name(folder.name + ".tmp")
         try:
             self._first(lambda: (staging(folder) / FOLDER).mkdir())
-            self.trainer.save(beside / FOLDER, args.to_dict())
+            self.trainer.save(beside / FOLDER, self.args.to_dict())
             with whole(self.model):
                 self._first(lambda: self._write_adapters(beside / "consolidated", step))
             self._first(lambda: os.replace(beside, folder))
         except (OSError, SafetensorError) as error:
-            if not no_space_left(error):
-                raise
+            why = f"no space left for {folder}" if no_space_left(error) else f"{folder}: {error}"
             raise UserError(
-                f"step {step}: no space left for {folder}; what was saved before is whole: make "
-                "room, then --resume"
+                f"step {step}: {why}; what was saved before is whole: make room, then --resume"
             ) from error
         finally:
             if self.here.first:
                 shutil.rmtree(beside, ignore_errors=True)
+        self.known.add(step)
         self._first(self._prune)
         return folder / "consolidated"
 
@@ -217,13 +253,11 @@ class Loop:
         )  # fmt: skip
 
     def _prune(self) -> None:
-        """Remove all but the newest checkpoints; a torn one never has a checkpoint's name."""
+        """Remove all but the newest checkpoints."""
         if self.args.num_ckpt_keep is None:
             return
-        for old in sorted(self.folder.glob("checkpoint_??????"))[: -self.args.num_ckpt_keep]:
-            aside = old.with_name(old.name + ".tmp")
-            os.replace(old, aside)
-            shutil.rmtree(aside)
+        for old in list(numbered(self.folder).values())[: -self.args.num_ckpt_keep]:
+            remove_folder(old)
 
     def _first(self, act: Callable[[], object]) -> None:
         """Do something on the first rank; if it fails there, no rank goes on."""
@@ -257,6 +291,10 @@ class Loop:
         )
 
     def _stop_if_asked(self, step: int) -> None:
+        file = self.folder.parent / STOP
+        if self.here.first and self.stop.signum is None and file.exists():
+            file.unlink()
+            self.stop.signum = signal.SIGTERM
         asked = self.here.gather(self.stop.signum)
         signum = next((s for s in asked if s is not None), None)
         if signum is None:

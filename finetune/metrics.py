@@ -41,6 +41,7 @@ class Metrics:
         self._start = time.monotonic()
         self._wandb: Any = None
         self._file = None if silent else _open(run_dir / "metrics.jsonl", after_step)
+        self._last = _kinds_at(run_dir / "metrics.jsonl", after_step)
         if args.wandb.project is None or silent:
             return
         about: dict[str, Any] = {
@@ -79,6 +80,10 @@ class Metrics:
         self._file.write(json.dumps(line) + "\n")
         self._mirror(lambda run: run.log({f"{kind}/{k}": v for k, v in values.items()}, step=step))
 
+    def has(self, kind: str, step: int) -> bool:
+        """Whether a run that goes on had such a line of the step it goes on after."""
+        return (kind, step) in self._last
+
     def image(self, name: str, path: Path, step: int) -> None:
         """Show a picture in wandb too."""
         self._mirror(lambda run: run.log({name: wandb.Image(str(path))}, step=step))
@@ -111,6 +116,11 @@ def _open(path: Path, after_step: int) -> TextIO:
         with written_whole(path) as beside:
             beside.write_text("".join(f"{line}\n" for line in kept))
     return path.open("a", buffering=1)
+
+
+def _kinds_at(path: Path, step: int) -> set[tuple[str, int]]:
+    found = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    return {(line["kind"], step) for line in found if line["step"] == step}
 
 
 def _wandb_id(run_dir: Path) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +19,18 @@ from finetune.load_args import load_args
 from moshi_ttt.errors import UserError
 from moshi_ttt.files import written_whole
 
-CONFIG, SUMMARY = "config.yaml", "summary.txt"
+CONFIG, SUMMARY, LOCK = "config.yaml", "summary.txt", ".lock"
 _ADVICE = "choose another run_dir, or --overwrite_run_dir to move it aside"
 _OF_THE_FOLDER = ("run_dir", "overwrite_run_dir")
 """Keys that do not make another run of it: the folder may be spelled or have been moved."""
 _OF_THE_WAY = (
     "batch_size", "num_microbatches", "gradient_checkpointing", "log_freq", "do_ckpt", "ckpt_freq",
     "num_ckpt_keep", "save_adapters", "do_eval", "eval_freq", "eval.", "wandb.",
-    "max_skipped_steps", "data.eval_data", "data.codes_cache", "data.encode_workers",
+    "max_skipped_steps", "data.train_data", "data.corpus", "data.eval_data", "data.codes_cache",
+    "data.encode_workers", "moshi_paths.",
 )  # fmt: skip
 """Keys that a run may go on with another value of: they do not change what is trained (the number
-of lanes is kept, whatever the first two say)."""
+of lanes is kept, whatever the first two say; data and base are told by their content)."""
 
 
 def run_dir_of(args: TrainArgs) -> Path:
@@ -123,6 +128,29 @@ def _write_config(run_dir: Path, args: TrainArgs) -> None:
         beside.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Hold a run folder against other processes; a killed one lets go of it.
+
+    Raises:
+        UserError: another process trains into it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / LOCK).open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            who = lock.read().strip() or "unknown"
+            raise UserError(
+                f"run_dir {run_dir}: another process is training into it ({who})"
+            ) from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        yield
+
+
 def finish_run_dir(run_dir: Path, summary: str) -> None:
     """Write the summary, which is what makes a run finished."""
     with written_whole(run_dir / SUMMARY) as beside:
@@ -130,7 +158,7 @@ def finish_run_dir(run_dir: Path, summary: str) -> None:
 
 
 def _in_use(run_dir: Path) -> bool:
-    return run_dir.exists() and any(run_dir.iterdir())
+    return run_dir.exists() and any(p.name != LOCK for p in run_dir.iterdir())
 
 
 def _check_can_be_made(run_dir: Path) -> None:

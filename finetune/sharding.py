@@ -80,8 +80,22 @@ def whole(model: nn.Module) -> Iterator[None]:
     finally:
         for module in groups:
             module.reshard()
+            _forget_forwards(module)
             # the root's weights are needed again at once, when the backward begins
             module.set_reshard_after_forward(module is not model, recurse=False)
+
+
+def _forget_forwards(module: FSDPModule) -> None:
+    """Drop what FSDP noted of forwards without a backward.
+
+    It prefetches along them in the next backward; a rank that ran fewer of them (an evaluation of
+    fewer recordings than ranks) would gather less than the others, and all would wait for ever.
+    """
+    state = module._get_fsdp_state()
+    if (order := getattr(state._comm_ctx, "post_forward_order", None)) is not None:
+        order.clear()
+    if state._fsdp_param_group is not None:
+        state._fsdp_param_group._post_forward_indices.clear()
 
 
 def spread(rows: Tensor, mesh: DeviceMesh | None) -> Tensor:

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import fire
@@ -39,12 +40,20 @@ from finetune.run_dir import (
     check_same_run,
     finish_run_dir,
     finished_summary,
+    held,
     run_dir_of,
 )
 from finetune.sharding import shard
 from finetune.signals import Stopped
-from finetune.trainer_state import TrainerState, find_state, newest_state, read_about
-from finetune.world import Rows, World, rows_of, world
+from finetune.trainer_state import (
+    TrainerState,
+    find_state,
+    newest_state,
+    numbered,
+    read_about,
+)
+from finetune.world import ALONE, Rows, World, rows_of, world
+from moshi_ttt.base import fingerprint
 from moshi_ttt.errors import UserError, run_cli
 from moshi_ttt.hybrid import carry_kv
 from moshi_ttt.lanes import attach_lanes
@@ -66,14 +75,16 @@ def train(config: str, *, resume: bool | str = False, **overrides: object) -> No
         Stopped: by Ctrl-C or SIGTERM, the state saved.
     """
     args = load_args(config, overrides)
-    with world() as here:
-        _train(config, args, resume, here)
+    with world() as here, ExitStack() as until_the_end:
+        _train(config, args, resume, here, until_the_end)
 
 
-def _train(config: str, args: TrainArgs, resume: bool | str, here: World) -> None:
+def _train(
+    config: str, args: TrainArgs, resume: bool | str, here: World, until_the_end: ExitStack
+) -> None:
     began = time.monotonic()
-    run_dir, device = run_dir_of(args), here.device
-    finished = finished_summary(run_dir, args, resume=bool(resume))
+    run_dir, device, goes_on = run_dir_of(args), here.device, resume is not False
+    finished = finished_summary(run_dir, args, resume=goes_on)
     if finished is not None:
         say(here, f"{run_dir} holds this very run, finished:\n{finished}")
         return
@@ -117,7 +128,8 @@ def _train(config: str, args: TrainArgs, resume: bool | str, here: World) -> Non
     attach_lanes(lm, rows.batch_size, rows.slots)
 
     say(here, "2/5  speech to codes (made once, then re-used)")
-    mimi, tokenizer = load_mimi(base, device) if needs_codec(heard) else None, load_tokenizer(base)
+    needed = needs_codec(heard, fingerprint(base.info.mimi_weights))
+    mimi, tokenizer = load_mimi(base, device) if needed else None, load_tokenizer(base)
     cache = CodesCache(
         args.data.codes_cache, mimi, load_mimi=base.info.get_mimi, mono_side=args.data.mono_side
     )
@@ -131,21 +143,22 @@ def _train(config: str, args: TrainArgs, resume: bool | str, here: World) -> Non
     evaluation = after.Evaluation(args, base, cache, held_out, panel, here)
     del mimi
 
-    trainer = TrainerState(lm, optimizer, loader, here, mesh)
+    trainer = TrainerState(lm, optimizer, loader, here, mesh, fingerprint(base.info.moshi_weights))
     if state is not None:
         trainer.load(state)
     done = trainer.progress["step"]
-    if here.first and (aside := begin_run_dir(run_dir, args, resume=bool(resume))) is not None:
-        say(here, f"     the older run was moved to {aside}")
+    if here.first:
+        _begin(run_dir, args, goes_on, until_the_end)
     here.wait()
     if state is not None:
         say(here, f"     goes on after step {done} ({state})")
-    elif resume:
+    elif goes_on:
         say(here, f"     nothing to go on from in {run_dir}: begins at step 1")
     say(here, f"3/5  {_plan(args, rows, done)}; parameters: {trained}")
     metrics = Metrics(run_dir, args, after_step=done, silent=not here.first)
     try:
-        loop = Loop(args, base, model, trainer, metrics, evaluation, run_dir, here)
+        known = set() if state is None or run_dir not in state.parents else {done}
+        loop = Loop(args, base, model, trainer, metrics, evaluation, run_dir, here, known)
         last = loop.run()
         summary = [f"trained in {(time.monotonic() - began) / 60:.1f} min"]
         if last is not None:
@@ -167,12 +180,28 @@ def _train(config: str, args: TrainArgs, resume: bool | str, here: World) -> Non
 
 
 def _state_to_resume(run_dir: Path, args: TrainArgs, resume: bool | str) -> Path | None:
-    if not resume:
+    if resume is False:
         return None
     state = newest_state(run_dir) if resume is True else find_state(str(resume))
     if state is not None:
         check_same_run(read_about(state)["config"], args, state)
+    elif checkpoints := numbered(run_dir / "checkpoints"):
+        newest = list(checkpoints.values())[-1]
+        raise UserError(f"--resume: {newest} holds no state to go on from, only its weights")
     return state
+
+
+def _begin(run_dir: Path, args: TrainArgs, goes_on: bool, until_the_end: ExitStack) -> None:
+    """Take the folder of the run, for as long as it lasts."""
+    if goes_on or not run_dir.exists():
+        until_the_end.enter_context(held(run_dir))
+        begin_run_dir(run_dir, args, resume=goes_on)
+        return
+    with held(run_dir):
+        aside = begin_run_dir(run_dir, args)
+    if aside is not None:
+        say(ALONE, f"     the older run was moved to {aside}")
+    until_the_end.enter_context(held(run_dir))
 
 
 def _carry_kv(lm: LMModel) -> int:

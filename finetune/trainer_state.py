@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from moshi.models.lm import LMModel
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
@@ -35,6 +36,7 @@ from moshi_ttt.lanes import FRESH, Lanes, lane_holders, lanes_of, named_tensors
 FORMAT = 1
 FOLDER, ABOUT = "trainer", "trainer.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_KEYS = {"progress", "config", "reading", "adam_steps", "lanes", "random", "base"}
 
 
 class TrainerState:
@@ -46,6 +48,7 @@ class TrainerState:
         loader: where every lane reads.
         world: the ranks.
         mesh: what the model is sharded over, None on one rank.
+        base: fingerprint of the base's weights.
 
     Attributes:
         progress: counters: the `step` done last, `frames` heard by all lanes, steps `skipped`.
@@ -58,9 +61,10 @@ class TrainerState:
         loader: Loader,
         world: World,
         mesh: DeviceMesh | None,
+        base: str,
     ) -> None:
         self.lm, self.optimizer, self.loader = lm, optimizer, loader
-        self.world, self.mesh = world, mesh
+        self.world, self.mesh, self.base = world, mesh, base
         self.progress: dict[str, int] = {"step": 0, "frames": 0, "skipped": 0}
         names = {id(p): name for name, p in lm.named_parameters()}
         self.masters = {names[id(p)]: master for p, master in optimizer.pairs}
@@ -87,10 +91,13 @@ class TrainerState:
             rows[FRESH] = rows[FRESH].flatten().to(torch.uint8)
             held[module] = sorted(rows)
             tensors |= {f"lanes.{module}.{n}": spread(t, self.mesh) for n, t in rows.items()}
-        tensors |= {f"{kind}.{self.world.rank}": s for kind, s in _random_states().items()}
+        random = {f"{kind}.{self.world.rank}": s for kind, s in _random_states().items()}
+        tensors |= random
         about = {
-            "format": FORMAT, "progress": self.progress, "ranks": self.world.size, "config": config,
+            "format": FORMAT, "progress": self.progress, "config": config,
             "reading": self.loader.state_dict(), "adam_steps": steps, "lanes": held,
+            "random": sorted(n for found in self.world.gather(random) for n in found),
+            "base": self.base,
         }  # fmt: skip
         try:
             writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
@@ -108,6 +115,14 @@ class TrainerState:
             UserError: it is of another model, other data or another number of lanes.
         """
         about = read_about(folder)
+        for file in folder.glob("*.safetensors"):
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except SafetensorError as error:
+                raise UserError(f"{file} is broken: {error}") from error
+        if about["base"] != self.base:
+            raise UserError(f"{folder}: it was trained on a base with other weights")
         tensors: dict[str, Any] = {f"master.{n}": m.detach() for n, m in self.masters.items()}
         for name in about["adam_steps"]:
             if name not in self.masters:
@@ -135,14 +150,18 @@ class TrainerState:
                 f"lanes.{module}.{n}": spread(t, self.mesh) for n, t in rows[module].items()
             }
         random = {f"{k}.{self.world.rank}": s for k, s in _random_states().items()}
-        if self.world.rank < about["ranks"]:  # a further rank begins with the seed's
-            tensors |= random
+        # a further rank, or the GPU of a run from a CPU, begins with the seed's
+        random = {name: state for name, state in random.items() if name in about["random"]}
+        tensors |= random
         try:
             self.loader.load_state_dict(about["reading"])
             with _quiet():
                 load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
         except (CheckpointException, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
+            cause: BaseException = error
+            if isinstance(error, CheckpointException):
+                cause = next(iter(error.failures.values()))[0]
+            reason = " ".join(f"{cause}".split())[:300] or type(cause).__name__
             raise UserError(f"{folder} does not fit this run: {reason}") from error
         for module, found in rows.items():
             lanes = holders[module]._lanes
@@ -170,15 +189,24 @@ def read_about(folder: Path) -> dict[str, Any]:
         about = json.loads((folder / ABOUT).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no state to go on from: {error}") from error
-    if about.get("format") != FORMAT:
-        raise UserError(f"{folder}: format {about.get('format')!r}, this version reads {FORMAT}")
+    format_ = about.get("format") if isinstance(about, dict) else None
+    if format_ != FORMAT:
+        raise UserError(f"{folder}: format {format_!r}, this version reads {FORMAT}")
+    if missing := sorted(_KEYS - set(about)):
+        raise UserError(f"{folder / ABOUT} lacks {missing[0]!r}")
     return about
+
+
+def numbered(checkpoints: Path) -> dict[int, Path]:
+    """The checkpoints of a run, by their steps, in order; none that is being written."""
+    found = {f.name.removeprefix("checkpoint_"): f for f in checkpoints.glob("checkpoint_*")}
+    return dict(sorted((int(step), f) for step, f in found.items() if step.isdecimal()))
 
 
 def newest_state(run_dir: Path) -> Path | None:
     """The newest saved state of a run, None if there is none."""
-    found = (run_dir / "checkpoints").glob(f"checkpoint_??????/{FOLDER}/{ABOUT}")
-    return max((f.parent for f in found), default=None)
+    found = [f / FOLDER for f in numbered(run_dir / "checkpoints").values()]
+    return next((f for f in reversed(found) if (f / ABOUT).is_file()), None)
 
 
 def find_state(name: str) -> Path:
@@ -187,6 +215,8 @@ def find_state(name: str) -> Path:
     Raises:
         UserError: nothing to go on from.
     """
+    if not name:
+        raise UserError("--resume: the name of the run or checkpoint is empty")
     folder = Path(name).expanduser()
     for candidate in (folder, folder / FOLDER, newest_state(folder)):
         if candidate is not None and (candidate / ABOUT).is_file():

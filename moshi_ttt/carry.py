@@ -113,7 +113,9 @@ class CarryingLayer(StreamingTransformerLayer, HasLanes):
         kv, fresh = self._lanes.enter(x.shape[0])
         if kv is None:
             kv = self._no_kv(x.shape[0], x)
-        return Carried(kv._replace(pos=torch.where(fresh, 0, kv.pos)), None, None)
+        rows = fresh.view(-1, 1, 1, 1)  # zeros: a masked number that is none would still be one
+        k, v = torch.where(rows, 0, kv.k), torch.where(rows, 0, kv.v)
+        return Carried(KV(k, v, torch.where(fresh, 0, kv.pos)), None, None)
 
     def _leave(self, after: Carried) -> None:
         if self._lanes is not None:
@@ -156,9 +158,13 @@ class _Prefix:
 
     def __init__(self, kv: KV) -> None:
         self.kv = self.after = kv
-        self.kv_cache = self
         self.offset, self.offset_cpu = kv.pos.clone(), 0
         self.exec_mask = torch.ones_like(kv.pos, dtype=torch.bool)
+
+    @property
+    def kv_cache(self) -> _Prefix:
+        """Itself; as an attribute it would be a cycle, and keep its keys until a collection."""
+        return self
 
     def complete(self, k: Tensor, v: Tensor, exec_mask: Tensor) -> KVCacheResult:
         """The prefix in front of a segment's own; a position below 0 is masked by attention."""

@@ -34,6 +34,13 @@ def staging(folder: Path) -> Path:
     return beside
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; one that is half removed no longer has its name."""
+    aside = folder.with_name(folder.name + ".tmp")
+    os.replace(folder, aside)
+    shutil.rmtree(aside)
+
+
 @contextmanager
 def folder_written_whole(folder: Path) -> Iterator[Path]:
     """`written_whole` for a folder; one that is there is replaced."""
@@ -70,5 +77,5 @@ def newest_checkpoint(root: str | os.PathLike[str] = "runs") -> Path | None:
     Returns:
         Its `consolidated` folder, or None if there is none.
     """
-    found = list(Path(root).glob("*/checkpoints/checkpoint_*/consolidated/ttt.json"))
+    found = list(Path(root).glob("*/checkpoints/checkpoint_*[0-9]/consolidated/ttt.json"))
     return max(found, key=lambda file: file.stat().st_mtime_ns).parent if found else None

@@ -1,5 +1,6 @@
 """What goes from segment to segment: memory and attention, by value, exactly and row by row."""
 
+import gc
 import itertools
 
 import pytest
@@ -295,6 +296,41 @@ def test_a_detached_memory_learns_nothing_but_its_gate():
     block = lm.transformer.layers[0].seq_modeling_block
     assert [n for n, p in block.named_parameters() if p.grad is not None] == ["gate"]
     assert block.gate.grad.abs().max() > 0
+
+
+def test_keys_and_values_are_let_go_without_a_collection():
+    """A GPU's memory is no reason for Python to look for cycles."""
+    lm = small_lm()
+    carry_kv(lm)
+    lanes.attach_lanes(lm, 2)
+    sequence = sequence_of(lm, codes_for(lm, 2, 60))
+    gc.collect()
+    gc.disable()
+    try:
+        for start in range(0, 60, 10):
+            loss(segment(lm, sequence, start, start + 10)).backward()
+        alive = sum(type(x).__name__ == "_Prefix" for x in gc.get_objects())
+    finally:
+        gc.enable()
+    assert alive == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_lane_that_starts_anew_forgets_numbers_that_are_none(bad):
+    lm = double()
+    carry_kv(lm)
+    attach_ttt_states(lm, 2)
+    sequence = sequence_of(lm, codes_for(lm, 2, 40))
+    segment(lm, sequence, 0, 25)
+    for held in lanes.lanes_of(lm).values():
+        for name, tensor in lanes.named_tensors(held.values[0]):
+            if not name.endswith("pos"):
+                tensor[1] = bad
+    lanes.reset_lanes(lm, torch.tensor([False, True]))
+    got = segment(lm, sequence, 25, 40)
+    assert got.isfinite().all()
+    attach_ttt_states(lm, 2)
+    assert (got[1] - segment(lm, sequence, 25, 40)[1]).abs().max() < 1e-12
 
 
 # -- keys and values on any Moshi ------------------------------------------------------------------

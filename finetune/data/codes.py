@@ -163,6 +163,12 @@ class CodesCache:
             return recording.stored.file_frames
         return tuple(_frames(self.file(file.path)) for file in recording.files)
 
+    def identity(self, recording: Recording) -> str:
+        """What tells a prepared recording's codes from others', wherever its files lie."""
+        if recording.stored is not None:
+            return recording.stored.sha1
+        return " ".join(self.file(audio.path).stem for audio in recording.files)
+
     def frames(self, recording: Recording) -> int:
         """Length of a prepared recording in frames of 80 ms."""
         return sum(self.file_frames(recording))

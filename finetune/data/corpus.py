@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,6 +73,16 @@ class Corpus:
     def name(self, index: int) -> str:
         """What messages call a recording."""
         return self.recordings[index].name
+
+    def digest(self) -> str:
+        """SHA-1 of codes and text of all recordings in their order; files may lie elsewhere."""
+        digest = hashlib.sha1(str(self.weight).encode())
+        for recording, text, known in zip(
+            self.recordings, self._text, self.text_known, strict=True
+        ):
+            digest.update(f"{self.cache.identity(recording)} {known}".encode())
+            digest.update(text.numpy().tobytes())
+        return digest.hexdigest()
 
     def read(self, index: int, start: int, stop: int) -> Segment:
         """Frames `start` to `stop` of recording `index`; fewer where the recording ends."""

@@ -39,14 +39,15 @@ class ShardFolder:
     Args:
         folder: made if missing.
         codec: fingerprint of the Mimi.
+        codec_file: fingerprint of its file.
         card: codes of each of its codebooks.
 
     Raises:
         UserError: the folder cannot be made, its index is broken, or a shard is not there.
     """
 
-    def __init__(self, folder: Path, codec: str, card: int) -> None:
-        self.folder, self.codec, self.card = folder, codec, card
+    def __init__(self, folder: Path, codec: str, codec_file: str, card: int) -> None:
+        self.folder, self.codec, self.codec_file, self.card = folder, codec, codec_file, card
         self.parts = folder / ".parts"
         try:
             self.parts.mkdir(parents=True, exist_ok=True)
@@ -194,6 +195,7 @@ class ShardFolder:
                 "codebooks": codes.shape[1],
                 "card": self.card,
                 "codec": self.codec,
+                "codec_file": self.codec_file,
                 "sha1": digest_of(codes),
             }
         if batch:

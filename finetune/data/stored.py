@@ -29,6 +29,7 @@ class StoredCodes:
         card: codes of a codebook.
         sha1: of the codes.
         codec: fingerprint of the Mimi that made them.
+        codec_file: fingerprint of its file, which can be told without loading it.
         mono_side: whose voice it is, where it is mono.
         index: the manifest of codes.
         offset: byte at which the recording's line begins there.
@@ -41,6 +42,7 @@ class StoredCodes:
     card: int
     sha1: str
     codec: str
+    codec_file: str
     mono_side: str
     index: Path
     offset: int
@@ -102,7 +104,7 @@ def parse_stored(entry: dict[str, Any], index: Path, offset: int) -> StoredCodes
         raise UserError(f"mono_side must be 'moshi' or 'user', got {entry.get('mono_side')!r}")
     return StoredCodes(
         index.parent / text("shard"), text("key"), frames, count("codebooks"), count("card"),
-        text("sha1"), text("codec"), text("mono_side"), index, offset,
+        text("sha1"), text("codec"), text("codec_file"), text("mono_side"), index, offset,
     )  # fmt: skip
 
 

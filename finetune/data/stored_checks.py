@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -16,9 +17,15 @@ from finetune.data.stored import SILENCE, StoredCodes, digest_of
 from moshi_ttt.errors import UserError
 
 
-def needs_codec(sources: Sequence[Source]) -> bool:
-    """Whether any recording is audio, so that Mimi has to encode it."""
-    return any(r.stored is None for s in sources for r in s.recordings)
+def needs_codec(sources: Sequence[Source], codec_file: str) -> bool:
+    """Whether Mimi has to be loaded: for audio, or to see that stored codes are its own.
+
+    Args:
+        sources: of a run.
+        codec_file: fingerprint of Mimi's file; codes made by that file need no other look.
+    """
+    stored = [r.stored for s in sources for r in s.recordings]
+    return any(codes is None or codes.codec_file != codec_file for codes in stored)
 
 
 def check_codes(sources: Sequence[Source], codebooks: int, card: int) -> None:
@@ -30,8 +37,8 @@ def check_codes(sources: Sequence[Source], codebooks: int, card: int) -> None:
         card: codes of a codebook that the model knows.
 
     Raises:
-        UserError: another number of codebooks, codes that the model does not know, or codes of
-            two codecs; with manifest and line.
+        UserError: another number of codebooks or of codes in each, or codes of two codecs; with
+            manifest and line.
     """
     first: Recording | None = None
     for recording in (r for s in sources for r in s.recordings):
@@ -43,10 +50,10 @@ def check_codes(sources: Sequence[Source], codebooks: int, card: int) -> None:
                 f"{recording.where}: codes of {stored.codebooks} codebooks, but the model has "
                 f"{codebooks} a side: encode with its base (python -m finetune.encode --base)"
             )
-        if stored.card > card:
+        if stored.card != card:
             raise UserError(
-                f"{recording.where}: codes up to {stored.card - 1}, but the model knows "
-                f"{card} a codebook: encode with its base (python -m finetune.encode --base)"
+                f"{recording.where}: {stored.card} codes a codebook, but the model knows "
+                f"{card}: encode with its base (python -m finetune.encode --base)"
             )
         first = first or recording
         assert first.stored is not None
@@ -108,6 +115,8 @@ def _verify(recording: Recording, codes: StoredCodes, found: Tensor, silence: in
     what = f"{recording.where}: {codes.shard}: {codes.key}"
     if list(found.shape) != said:
         raise UserError(f"{what} is {list(found.shape)}, but the line says {said}")
+    if found.dtype != torch.int16 or int(found.min()) < 0 or int(found.max()) >= codes.card:
+        raise UserError(f"{what} holds what is no code: 0 to {codes.card - 1} are, in int16")
     if digest_of(found) != codes.sha1:
         raise UserError(f"{what} is not what was written")
     if recording.channels == 1 and silence < max(codes.file_frames):

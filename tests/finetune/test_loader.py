@@ -1,6 +1,7 @@
 """Lanes and batches: every frame once, on any number of ranks, in an order that can be resumed."""
 
 import json
+import shutil
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -52,7 +53,7 @@ def loader(data, tokenizer):
     folder, cache = data
 
     def make(text="one.jsonl,two.jsonl", **kwargs):
-        text = ",".join(f"{folder}/{part}" for part in text.split(","))
+        text = ",".join(str(folder / part) for part in text.split(","))
         settings = {"seconds": SECONDS, "batch_size": 2, "whole": False, **kwargs}
         given = settings.pop("cache", cache), tokenizer, LAYOUT
         return Loader(read_sources(text), *given, **settings)
@@ -147,7 +148,9 @@ def test_weights_are_kept_exactly(loader):
     train = loader("one.jsonl:3,two.jsonl:1", batch_size=4)
     for batch in batches(train, 10):
         assert Counter(n == "c" for n, *_ in rows(batch)) == {False: 3, True: 1}
-    assert train.state_dict() == {"drawn": [30, 10], "segments": [30, 10], "lanes": [None] * 4}
+    state = train.state_dict()
+    assert state.pop("data")
+    assert state == {"drawn": [30, 10], "segments": [30, 10], "lanes": [None] * 4}
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -162,9 +165,36 @@ def test_a_state_goes_on_where_it_was_taken(loader, whole):
         assert rows(got) == rows(batch)
         assert torch.equal(got.sequence, batch.sequence)
         assert torch.equal(got.begins, batch.begins)
-    for bad, match in (("one.jsonl", "1 corpora"), ("one.jsonl,two.jsonl", "2 lanes")):
+    for bad, match in (("one.jsonl", "data are not the same"), ("one.jsonl,two.jsonl", "weights"),
+                       ("one.jsonl:0.7,two.jsonl:0.3", "2 lanes")):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             loader(bad).load_state_dict(state)
+
+
+@pytest.mark.parametrize("change", ["added", "reordered", "transcript", "moved"])
+def test_a_state_goes_on_in_the_same_data_only(loader, data, tmp_path, change):
+    """Or lanes would go on in another recording; where the files lie does not matter."""
+    folder, _ = data
+    train = loader("one.jsonl", whole=True)
+    list(islice(train, 2))
+    for file in folder.glob("*.*"):
+        shutil.copyfile(file, tmp_path / file.name)
+    lines = (tmp_path / "one.jsonl").read_text().splitlines()
+    if change == "added":
+        lines.append((tmp_path / "two.jsonl").read_text())
+    if change == "reordered":
+        lines = lines[::-1]
+    if change == "transcript":
+        words = [["nine", [0.75, 1.2], "SPEAKER_MAIN"]]
+        (tmp_path / "a.json").write_text(json.dumps({"alignments": words}))
+    (tmp_path / "one.jsonl").write_text("\n".join(lines))
+    other = loader(str(tmp_path / "one.jsonl"), whole=True)
+    if change == "moved":
+        other.load_state_dict(train.state_dict())
+        assert torch.equal(next(other)[0].sequence, next(train)[0].sequence)
+        return
+    with pytest.raises(ValueError, match="data are not the same"):
+        other.load_state_dict(train.state_dict())
 
 
 def test_taking_a_state_changes_nothing(loader):

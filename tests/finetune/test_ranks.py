@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from finetune.load_args import load_args
 
+from finetune.load_args import load_args
 from finetune.world import World, rows_of
 from moshi_ttt.checkpoint import load
 from moshi_ttt.errors import UserError
@@ -136,6 +136,17 @@ def test_a_rank_without_text_does_not_hang_and_a_bad_number_is_everyones(args):
         assert [why and why.split(" from")[0] for why in rank["bad"]] == [
             None, None, "loss is nan on recording5.wav", None,
         ]  # fmt: skip
+
+
+def test_a_rank_with_nothing_to_score_does_not_hang_the_next_step(world, tmp_path):
+    """One held-out recording for two ranks, scored after every step."""
+    keys = {"max_steps": 3, "do_eval": True, "eval_freq": 1}
+    want = run(world, tmp_path / "1", 1, **keys)
+    assert run(world, tmp_path / "2", 2, **keys) == pytest.approx(want, rel=1e-5)
+    one, two = (lines(tmp_path / n, "held_out") for n in "12")
+    assert [x["nll_codebook0"] for x in two] == pytest.approx(
+        [x["nll_codebook0"] for x in one], rel=1e-4
+    )
 
 
 def test_a_run_saved_on_two_ranks_goes_on_with_one_and_four(world, tmp_path):

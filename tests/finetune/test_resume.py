@@ -1,6 +1,7 @@
 """A run that was stopped, killed or met a full disk goes on, to the bit."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -11,13 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from finetune.trainer_state import find_state, newest_state, read_about
+import finetune.step
+from finetune.loop import Loop
+from finetune.run_dir import held
+from finetune.signals import Stopped
+from finetune.trainer_state import find_state, newest_state, numbered, read_about
 from moshi_ttt.checkpoint import load
 from moshi_ttt.errors import UserError
 from tests.finetune.ranks import CONTEXT
 from tests.finetune.small_run import LORA_ONLY, checkpoint, lines, weights
+from tests.small import small_lm, small_tokenizer
 
 RUN = {
     "max_steps": 14, "num_microbatches": 2, "tbptt_segments": 2, "carry_kv": True, "ckpt_freq": 1,
@@ -173,6 +179,48 @@ def test_a_full_disk_is_said_and_what_was_saved_stays(world, whole, small_disk, 
     assert_the_same(tmp_path / "run", whole)
 
 
+def test_a_file_asks_for_a_stop_where_signals_do_not_reach(world, whole, tmp_path):
+    """torchrun kills its processes 30 s after a signal, too soon for a long step."""
+    run = Started(world, tmp_path / "run")
+    run.until(lambda: run.steps() >= 2)
+    (run.run_dir / "stop").touch()
+    assert run.end() == 128 + signal.SIGTERM
+    assert not (run.run_dir / "stop").exists()
+    again = Started(world, tmp_path / "run", "--resume")
+    assert again.end() == 0, again.said.read_text()
+    assert_the_same(run.run_dir, whole)
+
+
+def test_asked_in_the_last_step_it_does_not_go_on_to_the_evaluation(world, tmp_path, monkeypatch):
+    real = Loop._step
+
+    def asked(self, step, bar):
+        self.stop.signum = signal.SIGTERM if step == 2 else None
+        return real(self, step, bar)
+
+    monkeypatch.setattr(Loop, "_step", asked)
+    keys = {"max_steps": 2, "do_eval": True, "eval__eval_after_training": True}
+    with pytest.raises(Stopped, match="stopped after step 2: saved in"):
+        world.run(tmp_path / "run", **keys)
+    assert not lines(tmp_path / "run", "held_out")
+    monkeypatch.undo()
+    world.run(tmp_path / "run", resume=True, **keys)
+    assert [line["step"] for line in lines(tmp_path / "run", "held_out")] == [2]
+    assert (tmp_path / "run" / "eval" / "results.json").exists()
+
+
+def test_a_folder_is_held_against_a_second_process(world, tmp_path):
+    run = Started(world, tmp_path / "run", max_steps=1000)
+    run.until(lambda: run.steps() >= 1)
+    with pytest.raises(
+        UserError, match=rf"another process is training .*process {run.process.pid}"
+    ):
+        resume(world, tmp_path / "run", max_steps=1000)
+    assert run.end(signal.SIGKILL) == -signal.SIGKILL
+    with held(tmp_path / "run"):  # who was killed holds nothing
+        pass
+
+
 # -- what may go on, and where ---------------------------------------------------------------------
 
 
@@ -235,6 +283,77 @@ def test_other_micro_batches_and_logs_may_go_on(world, whole, stopped):
     assert lines(run)[-1]["loss"] == pytest.approx(lines(whole)[-1]["loss"], rel=1e-5)
 
 
+def test_another_base_under_the_same_name_is_refused(world, stopped, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(world.base, base)
+    save_file(dict(small_lm(seed=1, text_card=small_tokenizer().vocab_size()).state_dict()),
+              base / "model.safetensors")  # fmt: skip
+    with pytest.raises(UserError, match="trained on a base with other weights"):
+        resume(world, stopped, moshi_paths__hf_repo_id=str(base))
+
+
+def test_checkpoints_of_later_steps_are_made_again(world, whole, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "summary.txt").unlink()
+    (run / "checkpoints" / "checkpoint_000099.tmp").mkdir()  # of a save that was killed
+    resume(world, run, str(run / "checkpoints" / "checkpoint_000013"))
+    assert "checkpoint_000014 is of a later step: removed" in capsys.readouterr().out
+    assert_the_same(run, whole)
+
+
+def test_checkpoints_without_a_state_are_not_trained_over(world, stopped):
+    shutil.rmtree(newest_state(stopped))
+    shutil.rmtree(newest_state(stopped) or stopped / "nothing", ignore_errors=True)
+    with pytest.raises(UserError, match="checkpoint_000013 holds no state to go on from"):
+        resume(world, stopped)
+
+
+def test_giving_up_leaves_the_last_good_state_and_nothing_later(world, tmp_path, monkeypatch):
+    real = finetune.step.loss_sums
+
+    def bad(model, *given):
+        text, audio, sums = real(model, *given)
+        return text, audio * (math.nan if model.broken else 1), sums
+
+    step = Loop._step
+
+    def breaks(self, number, bar):
+        self.model.broken = number >= 4
+        return step(self, number, bar)
+
+    monkeypatch.setattr(finetune.step, "loss_sums", bad)
+    monkeypatch.setattr(Loop, "_step", breaks)
+    keys = {"max_steps": 9, "max_skipped_steps": 3, "ckpt_freq": 2, "num_ckpt_keep": 1}
+    with pytest.raises(UserError, match=r"step 6: .*3 steps in a row.*state after step 3 is in"):
+        world.run(tmp_path / "run", **keys)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint_000003"]
+    monkeypatch.undo()
+    world.run(tmp_path / "run", resume=True, **keys)
+    whole = world.run(tmp_path / "whole", **keys)
+    want = weights(whole)
+    assert all(torch.equal(v, want[k]) for k, v in weights(tmp_path / "run").items())
+
+
+def test_a_checkpoints_folder_that_is_none_is_said_before_the_first_step(world, tmp_path):
+    begun = world.run(tmp_path / "run", max_steps=1, do_ckpt=False)
+    (begun / "summary.txt").unlink()
+    (begun / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="no folder for checkpoints"):
+        world.run(begun, max_steps=1, resume=True)
+
+
+def test_names_of_checkpoints_count(tmp_path):
+    for name in ("000002", "999999", "1000000", "000003.tmp", "best"):
+        state = tmp_path / "checkpoints" / f"checkpoint_{name}" / "trainer"
+        state.mkdir(parents=True)
+        (state / "trainer.json").touch()
+    assert list(numbered(tmp_path / "checkpoints")) == [2, 999999, 1000000]
+    assert newest_state(tmp_path).parent.name == "checkpoint_1000000"
+    with pytest.raises(UserError, match="is empty"):
+        find_state("")
+
+
 def test_a_finished_run_is_reported_with_resume_too(world, whole, capsys):
     resume(world, whole)
     assert "finished" in capsys.readouterr().out
@@ -257,5 +376,9 @@ def test_a_broken_state_is_named(world, stopped):
         resume(world, stopped)
     (state / "trainer.json").write_text(json.dumps(about))
     next(state.glob("*.safetensors")).write_bytes(b"junk")
-    with pytest.raises(UserError, match="does not fit this run"):
+    with pytest.raises(UserError, match=r"safetensors is broken: .*header"):
         resume(world, stopped)
+    for text, message in (("[]", "format None"), ('{"format": 1}', "lacks 'adam_steps'")):
+        (state / "trainer.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            resume(world, stopped)

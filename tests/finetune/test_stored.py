@@ -7,11 +7,14 @@ from itertools import islice
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from eval.panel import make_items, read_panel, shorten, speaker_of
 from finetune.data.codes import CodesCache
 from finetune.data.loader import Layout, Loader
 from finetune.data.manifest import read_manifest, read_sources
+from finetune.data.stored import digest_of
 from finetune.data.stored_checks import check_codes, needs_codec
 from moshi_ttt.errors import UserError
 from tests.finetune.recordings import LINES, encode, write_manifest
@@ -51,8 +54,10 @@ def test_batches_are_those_of_the_audio(audio, encoded, tokenizer, tmp_path):
 def test_audio_and_codes_in_one_run(audio, encoded, tokenizer, tmp_path):
     both = f"{audio / 'm.jsonl'},{encoded / 'codes.jsonl'}"
     sources = read_sources(both)
-    assert needs_codec(sources)
-    assert not needs_codec(sources[1:])
+    file = sources[1].recordings[0].stored.codec_file
+    assert needs_codec(sources, file)
+    assert not needs_codec(sources[1:], file)
+    assert needs_codec(sources[1:], "another file: its codec has to be looked at")
     check_codes(sources, 8, 64)
     cache = CodesCache(tmp_path / "cache", small_mimi())
     assert cache.prepare([r for s in sources for r in s.recordings]) == 5
@@ -63,13 +68,15 @@ def test_audio_and_codes_in_one_run(audio, encoded, tokenizer, tmp_path):
         without.prepare(sources[0].recordings)
 
 
-def test_the_trainer_takes_codes(world, tmp_path):
+def test_the_trainer_takes_codes(world, tmp_path, monkeypatch):
+    """Without Mimi."""
     found = {}
     for kind in ("audio", "codes"):
         data = {name: world / f"{name}.jsonl" for name in ("train", "eval", "panel")}
         if kind == "codes":
             for name, manifest in data.items():
                 data[name] = encode(manifest, tmp_path / name, world.base) / "codes.jsonl"
+            monkeypatch.setattr("finetune.train.load_mimi", None)
         run = world.run(
             tmp_path / kind, max_steps=1, do_eval=True, data__train_data=str(data["train"]),
             data__eval_data=str(data["eval"]), eval__librilight_data=str(data["panel"]),
@@ -85,11 +92,11 @@ def test_the_trainer_takes_codes(world, tmp_path):
 
 def test_codes_that_do_not_fit_are_refused(audio, encoded, tmp_path):
     sources = read_sources(str(encoded / "codes.jsonl"))
-    check_codes(sources, 8, 2048)
-    where = r"codes\.jsonl:1: codes "
+    check_codes(sources, 8, 64)
+    where = r"codes\.jsonl:1: (64 )?codes "
     with pytest.raises(UserError, match=where + "of 8 codebooks, but the model has 16"):
         check_codes(sources, 16, 64)
-    with pytest.raises(UserError, match=where + "up to 63, but the model knows 32"):
+    with pytest.raises(UserError, match=where + "a codebook, but the model knows 32"):
         check_codes(sources, 8, 32)
     check_codes(read_sources(str(audio / "m.jsonl")), 1, 1)
     one, *rest = sources[0].recordings
@@ -97,6 +104,30 @@ def test_codes_that_do_not_fit_are_refused(audio, encoded, tmp_path):
     mixed = [sources[0], replace(sources[0], recordings=(*rest, other))]
     with pytest.raises(UserError, match=r"x\.jsonl:9: .*another codec \(ffff.*codes\.jsonl:1"):
         check_codes(mixed, 8, 64)
+
+
+def test_codes_of_another_mimi_are_not_trained_on(world, tmp_path):
+    """Also where it has as many codes: the embedded base's are easily made by mistake."""
+    base = tmp_path / "base"
+    shutil.copytree(world.base, base)
+    save_file(dict(small_mimi(seed=3).state_dict()), base / "mimi.safetensors")
+    codes = encode(world / "train.jsonl", tmp_path / "codes", base) / "codes.jsonl"
+    with pytest.raises(UserError, match=r"codes\.jsonl:1: .*another codec .* than the base's Mimi"):
+        world.run(tmp_path / "run", data__train_data=str(codes))
+
+
+def test_what_is_no_code_is_found_though_its_digest_is_right(encoded, mine, tmp_path):
+    (entry, *rest) = map(json.loads, (mine / "codes.jsonl").read_text().splitlines())
+    shard = mine / entry["shard"]
+    tensors = load_file(shard)
+    tensors[entry["key"]][0, 0, 0] = 64
+    with safe_open(shard, "pt") as file:
+        about = file.metadata()
+    save_file(tensors, shard, about)
+    entry["sha1"] = digest_of(tensors[entry["key"]])
+    (mine / "codes.jsonl").write_text("\n".join(map(json.dumps, [entry, *rest])))
+    with pytest.raises(UserError, match=r"holds what is no code: 0 to 63 are"):
+        CodesCache(tmp_path / "c", None).prepare(read_manifest(mine / "codes.jsonl"))
 
 
 def test_what_is_stored_is_compared_with_its_index(encoded, mine, tmp_path):

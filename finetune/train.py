@@ -79,7 +79,7 @@ def _train(config: str, args: TrainArgs, resume: bool | str, here: World) -> Non
     base = find_base_of(args)
     lanes = None if state is None else len(read_about(state)["reading"]["lanes"])
     rows = rows_of(args, here, lanes)
-    need = check_fits(base.lm_config, args, device)
+    need = check_fits(base.lm_config, args, device, rows)
     size, free = need.parameters / 1e6, need.trainable / 1e6
     say(here, f"     base {base.name}: {size:.2f} M parameters, {free:.2f} M of them trained")
     say(here, f"     needs about {need.total / 2**30:.2f} GiB")

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from moshi.models.lm import LMModel
+from moshi.modules.lora import LoRALinear
 from moshi.modules.transformer import (
     LayerScale,
     RMSNorm,
@@ -108,8 +109,9 @@ def activations(lm: LMModel, run: Pass) -> Activations:
     text, audio = lm.text_linear.out_features, lm.dep_q * lm.card
     if lm.depformer is not None:
         steps = [_temporal(x) for x in lm.depformer.layers]
-        dd, flat = lm.linears[0].in_features, (N, lm.dep_q)
-        assert isinstance(dd, int)
+        head, flat = lm.linears[0], (N, lm.dep_q)
+        assert isinstance(head, nn.Linear | LoRALinear)
+        dd = head.in_features
         bodies = [_layer(x, None, run, *flat, moving=True) for x in steps]
         inputs = w * dd * N * lm.dep_q * len(steps)
         depth = inputs if run.checkpointing else sum(body.kept for body in bodies)
@@ -220,7 +222,7 @@ def _layer(
         attends,
         0 if block is None else _memory(block, run),
         feeds,
-        max(6 * w * n * d, 12 * mask),  # distances between positions are int64
+        max(6 * w * n * d, 10 * mask),  # int64 distances of positions, and booleans
         0 if block is None else _memory_extra(block, run),
         4 * w * n * hidden // steps + 2 * w * n * d,
     )
@@ -258,7 +260,7 @@ def _memory(block: HybridSeqModelingBlock, run: Pass) -> int:
 def _memory_extra(block: HybridSeqModelingBlock, run: Pass) -> int:
     """What a memory's backward needs: a group of chunks made again, or q and k made again."""
     d, C = block.memory.width, block.config.chunk_size
-    fast, buffers, hidden = _sizes(block)
+    fast, _, hidden = _sizes(block)
     _, size = _chunks(block, run)
     group = (2 * size + 6) * fast + size * C * (12 * d + 10 * hidden)
     laid = run.frames * 8 * d

@@ -133,7 +133,9 @@ def need_of(lm: LMModel, kv: int, args: TrainArgs, rows: Rows) -> Need:
         parameters=sum(p.numel() for p in lm.parameters()),
         trainable=trainable,
         weights=part(weights),
-        gathered=0 if alone else _gathered(lm),
+        gathered=0
+        if alone
+        else _gathered(lm, blocks[: 1 if args.gradient_checkpointing else None]),
         gradients=part(gradients),
         masters=4 * narrow if alone else 0,
         moments=part(8 * trainable),
@@ -145,9 +147,7 @@ def need_of(lm: LMModel, kv: int, args: TrainArgs, rows: Rows) -> Need:
     )
 
 
-def planned(
-    lm_config: dict[str, Any] | None, args: TrainArgs, width: int
-) -> tuple[LMModel, int]:
+def planned(lm_config: dict[str, Any] | None, args: TrainArgs, width: int) -> tuple[LMModel, int]:
     """The run's model where nothing is stored, and bytes of keys and values that a lane carries.
 
     Raises:
@@ -184,10 +184,11 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(x.nbytes for x in tensors)
 
 
-def _gathered(lm: LMModel) -> int:
+def _gathered(lm: LMModel, blocks: list[HybridSeqModelingBlock]) -> int:
     """What FSDP has of the other ranks: all that is in no layer, and two layers (one comes).
 
-    Of one layer and of what is in none, gradients wait in the compute dtype and in float32.
+    Of one layer and of what is in none, gradients wait in the compute dtype and in float32. Of
+    `blocks` the projections, stored in float32, are kept in the compute dtype for the backward.
     """
     stacks = [lm.transformer.layers, *([] if lm.depformer is None else [lm.depformer.layers])]
     layers: list[nn.Module] = [layer for stack in stacks for layer in stack]
@@ -199,7 +200,8 @@ def _gathered(lm: LMModel) -> int:
 
     largest = max(_bytes(layer.parameters()) for layer in layers)
     slope = max(waiting(layer.parameters()) for layer in layers)
-    return _bytes(outside) + waiting(outside) + 2 * largest + slope
+    cast = sum(_bytes((b.memory.qkv_proj.weight, b.memory.o_proj.weight)) for b in blocks)
+    return _bytes(outside) + waiting(outside) + 2 * largest + slope + cast
 
 
 def check_fits(

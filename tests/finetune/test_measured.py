@@ -10,10 +10,9 @@ from eval.bench.live_bytes import LiveBytes, kept, storages
 from finetune.args import DataArgs, LoraArgs, TrainArgs
 from finetune.data.loader import Batch
 from finetune.loss import LossWeights, TeacherForced, loss_sums
-from finetune.memory_use import estimate, need_of, planned
+from finetune.memory_use import estimate
 from finetune.optim import MasterAdamW, parameter_groups
 from finetune.step import train_step
-from finetune.world import Rows
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.hybrid import carry_kv, splice
 from moshi_ttt.lanes import attach_lanes, lanes_of, named_tensors, use_slot

@@ -68,7 +68,7 @@ class Need:
 
     @property
     def total(self) -> int:
-        """Most bytes at one time."""
+        """Most bytes at one time; gradients as of the second micro-batch, when all are there."""
         forward = self.segments * self.activations.kept + self.activations.working
         return self.resident + max(self.gathered + self.held + forward, self.update)
 

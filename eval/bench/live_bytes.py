@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
@@ -63,13 +62,11 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(  # noqa: D105
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        for x in tree_leaves((args, kwargs)):
-            if isinstance(x, Tensor):
-                self._note(x.untyped_storage(), made=False)
+        for x in _tensors((*args, *(kwargs or {}).values())):
+            self._note(x.untyped_storage(), made=False)
         out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                self._note(x.untyped_storage(), made=True)
+        for x in _tensors(out if isinstance(out, tuple | list) else (out,)):
+            self._note(x.untyped_storage(), made=True)
         return out
 
     def _note(self, storage: torch.UntypedStorage, *, made: bool) -> None:
@@ -84,3 +81,12 @@ class LiveBytes(TorchDispatchMode):
             del self._seen[key]
 
         self._seen[key] = weakref.ref(storage, gone)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an operation's values, those in lists too."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)

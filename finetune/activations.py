@@ -2,7 +2,7 @@
 
 Each is what moshi's and our own code saves, tensor by tensor, at `N = rows * T` frames and `w`
 bytes of a number; attention is the fused one, whose mask is a matrix in the compute dtype.
-`tests/finetune/test_memory_use.py` holds all of it against measured bytes.
+`tests/finetune/test_measured.py` holds all of it against measured bytes.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ from eval.bench.gpu_model import MOSHI_7B, Shape, add_memory, build, clean, sync
 from eval.bench.gpu_train import out_of_memory
 from eval.bench.live_bytes import LiveBytes
 from eval.bench.ops_table import provenance
+from eval.bench.segment_table import holds, judge, page
 from finetune.activations import Pass, activations
 from finetune.args import DataArgs, LoraArgs, TrainArgs
 from finetune.loss import LossWeights, TeacherForced, loss_sums
@@ -47,7 +48,6 @@ from moshi_ttt.lora import add_lora
 from moshi_ttt.memory import MEMORIES
 from moshi_ttt.models import choose_device
 
-MIB = 2**20
 RESULTS = Path(__file__).parent / "results"
 _NARROW = {
     "dim": 64, "num_heads": 1, "num_layers": 1, "text_card": 64, "card": 64,
@@ -206,93 +206,6 @@ def mask_bytes(lm: LMModel, frames: int) -> int:
     return len(lm.transformer.layers) * lm.dtype.itemsize * frames * -(-frames // 16) * 16
 
 
-def judge(rows: list[dict[str, Any]]) -> None:
-    """Say of each row with a memory how it grew since the length before, against the base.
-
-    Adds, where both lengths were measured, the growth of what the memory adds in parts of that of
-    the base: `kept_growth`, `peak_growth`, and `layers_growth`, the first over what the base's
-    temporal layers alone keep besides their masks (as estimated).
-    """
-    found = {(r["frames"], r["memory"], r["checkpointing"]): r for r in rows}
-    for row in rows:
-        row |= dict.fromkeys(("kept_growth", "peak_growth", "layers_growth"))
-    for short, long in pairwise(sorted({r["frames"] for r in rows})):
-        for memory in MEMORIES:
-            for again in (False, True):
-                with_, base = ([found[t, m, again] for t in (short, long)] for m in (memory, None))
-                if any(row["kept"] is None for row in (*with_, *base)):
-                    continue
-                for key, of in (("kept", "kept"), ("peak", "peak"), ("kept", "layers")):
-                    mine = [a[key] - b[key] for a, b in zip(with_, base, strict=True)]
-                    growth = (mine[1] - mine[0]) / (base[1][of] - base[0][of])
-                    with_[1][f"{of}_growth"] = growth
-
-
-def holds(row: dict[str, Any]) -> bool | None:
-    """Whether a memory's bytes grew by at most what the base's did; None where that is unknown."""
-    if row["kept_growth"] is None:
-        return None
-    return max(row["kept_growth"], row["peak_growth"]) <= 1
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    lines = [
-        "| frames | checkpointing | model | kept MiB | of it masks | peak MiB | s | of the base "
-        "| growth kept, peak | of the layers | at most the base's |",
-        "| " + " | ".join(["---"] * 11) + " |",
-    ]
-
-    def number(value: float | None, form: str, unit: float = 1) -> str:
-        return "" if value is None else format(value / unit, form)
-
-    for r in rows:
-        name = r["memory"] or "base"
-        again = "yes" if r["checkpointing"] else "no"
-        head = f"| {r['frames']} | {again} | {name} "
-        if r["kept"] is None:
-            about = r["estimated"] / MIB
-            lines.append(f"{head}| did not fit: about {about:,.0f} MiB |" + " |" * 7)
-            continue
-        growth = ""
-        if r["kept_growth"] is not None:
-            growth = f"{r['kept_growth']:.3f}, {r['peak_growth']:.3f}"
-        verdict = {None: "", True: "yes", False: "NO"}[holds(r)]
-        lines.append(
-            f"{head}| {number(r['kept'], ',.1f', MIB)} | {number(r['mask'], ',.1f', MIB)} "
-            f"| {number(r['peak'], ',.1f', MIB)} | {number(r['seconds'], '.2f')} "
-            f"| {number(r['ratio'], '.2f')} | {growth} "
-            f"| {number(r['layers_growth'], '.3f')} | {verdict} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def text_of(shape: Shape, device: torch.device, rows: list[dict[str, Any]]) -> str:
-    """The results as a page."""
-    rounds = ", ".join(f"{t}: {n}" for t, n in {r["frames"]: r["rounds"] for r in rows}.items())
-    where = "as the GPU's allocator counts" if device.type == "cuda" else "every tensor counted"
-    note = (
-        ""
-        if device.type == "cuda"
-        else "On a CUDA machine `python -m eval.bench.segment_length --device cuda` measures this "
-        "at the 7B's shape and writes segment_length_gpu.md: **not yet run on a GPU.**\n\n"
-    )
-    return (
-        "# Bytes and time against the length of a segment\n\n"
-        f"{shape.name}, {str(shape.dtype).removeprefix('torch.')}, LoRA of rank {shape.rank}, one "
-        f"row of random codes, forward and backward; bytes are exact ({where}, weights left out), "
-        "times medians of interleaved rounds (" + rounds + "), their ratios to the base those of "
-        "the same round. `growth`: by how much more the memory's bytes grew than at the length "
-        "before, in parts of what the base's own grew by; at most 1 is asked.\n\n"
-        "What dominates is not the memory but stock attention, which at every layer builds a mask "
-        "of T x T whatever its window: 8 T^2 bytes of int64 distances and about 3 T^2 of "
-        "booleans for a moment, and a mask of the compute dtype that is kept for the backward "
-        "without checkpointing (`of it masks`). `of the layers` compares with what the base's own "
-        "temporal layers keep besides those masks, without depformer and logits: the memory's "
-        "growth in parts of that of the layer it sits in.\n\n" + note + table(rows) + "\n"
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table and write it down.
 
@@ -317,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape = MOSHI_7B if gpu else NARROW
     torch.set_num_threads(1)
     rows = measure(shape, device, args.frames, args.rounds)
-    text = text_of(shape, device, rows)
+    text = page(shape, gpu, rows)
     sys.stdout.write(text)
     facts = provenance("eval.bench.segment_length", device)
     args.out.mkdir(parents=True, exist_ok=True)

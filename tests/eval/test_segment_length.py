@@ -8,7 +8,8 @@ import torch
 from eval.bench import segment_length
 from eval.bench.gpu_model import build
 from eval.bench.live_bytes import LiveBytes, kept
-from eval.bench.segment_length import NARROW, Variant, count, dress, holds, judge, needs
+from eval.bench.segment_length import NARROW, Variant, count, dress, needs
+from eval.bench.segment_table import holds, judge
 from moshi_ttt.errors import UserError
 from moshi_ttt.lora import add_lora
 from moshi_ttt.memory import MEMORIES

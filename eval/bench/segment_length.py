@@ -4,9 +4,10 @@ One row of random codes, forward and backward, LoRA everywhere, nothing else tha
 memory: the base alone and with each memory, with and without gradient checkpointing. What the
 memory adds must not grow faster with the length than the base's own bytes; else the status is 1.
 
-On the CPU a small width in float32, every tensor counted. With `--device cuda` Moshi 7B's shape in
-bfloat16 with random weights, as the GPU's allocator counts; a length that does not fit is a row
-that says so.
+On the CPU a small width in float32, every tensor counted; a segment of 32768 frames takes 16 GB and
+minutes for each of its twelve runs, all of it attention, so ask for it with `--frames`. With
+`--device cuda` Moshi 7B's shape in bfloat16 with random weights, as the GPU's allocator counts; a
+length that does not fit is a row that says so.
 """
 
 from __future__ import annotations
@@ -157,7 +158,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each length and variant; the variants take turns in every round of timing.
 
-    From the second length on the rounds are fewer, as a round takes longer; one at least.
+    From the second length on the rounds are fewer, as a round takes longer; one at least, and in
+    turns: times of one round are comparable, those of different rounds only roughly.
     """
     torch.manual_seed(0)
     lm = build(shape, device)
@@ -219,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for the 7B's shape")
-    parser.add_argument("--frames", nargs="+", type=int, default=[4096, 8192, 16384, 32768])
+    parser.add_argument("--frames", nargs="+", type=int, default=[2048, 4096, 8192, 16384])
     parser.add_argument("--rounds", type=int, default=5, help="of timing, at the first length")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
     args = parser.parse_args(arguments)

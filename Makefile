@@ -2,6 +2,7 @@
 PYTHON ?= python3
 CONFIG ?= configs/tiny.yaml
 ARGS ?=
+NPROC ?= 1
 PY := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 
@@ -20,8 +21,14 @@ setup: .venv/.ready  ## make .venv and install (3 GB, some minutes)
 	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-finetune: setup  ## train as CONFIG says (default configs/tiny.yaml), then measure; ARGS="--max_steps 100"
-	@$(PY) -m finetune.train $(CONFIG) $(ARGS)
+ifeq ($(NPROC),1)
+TRAIN := $(PY) -m finetune.train
+else
+TRAIN := .venv/bin/torchrun --standalone --nproc-per-node $(NPROC) -m finetune.train
+endif
+
+finetune: setup  ## train as CONFIG says (default configs/tiny.yaml), then measure; NPROC=8 GPUs, ARGS="--max_steps 100"
+	@$(TRAIN) $(CONFIG) $(ARGS)
 
 eval: setup  ## score the newest checkpoint on the held-out recordings; ARGS="--data DIR"
 	@$(PY) -m eval.librilight $(ARGS)

@@ -13,7 +13,6 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 from moshi.models.lm import LMModel
 from tqdm import tqdm
@@ -30,16 +29,11 @@ from finetune.data.recording import Recording
 from moshi_ttt import tiny
 from moshi_ttt.base import load_base, read_json
 from moshi_ttt.checkpoint import TTT_CONFIG_FILE, Loaded, load
-from moshi_ttt.errors import UserError, run_cli
+from moshi_ttt.errors import Parser, UserError, run_cli
 from moshi_ttt.files import newest_checkpoint
 from moshi_ttt.models import choose_device
 
 RUNS, EVAL_RUNS = Path("runs"), Path("runs/eval")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,10 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: unknown or malformed ones.
     """
-    p = _Parser(
-        prog="python -m eval.librilight", allow_abbrev=False, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    p = Parser("python -m eval.librilight", __doc__)
     p.add_argument("--checkpoint", help="a checkpoint folder (the newest under runs/)")
     p.add_argument("--base", help="base folder or hub repository (the checkpoint's)")
     p.add_argument("--data", help="Libri-Light folder, or manifest (embedded held-out)")

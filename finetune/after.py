@@ -44,11 +44,11 @@ class Evaluation:
         base: for its tokenizer and, at the end, the stock model.
         cache: of codes, with all held-out recordings in it.
         held_out: `data.eval_data`, empty if nothing is to be scored.
+        panel: recordings of `eval.librilight_data`, see `panel_of`.
         here: this rank; recordings are shared out among all of them.
 
     Raises:
-        UserError: `eval.librilight_data` is not there or has nothing long enough, or the base's
-            attention has no window.
+        UserError: the base's attention has no window.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Evaluation:
         base: Base,
         cache: CodesCache,
         held_out: Sequence[Source],
+        panel: Sequence[Recording] = (),
         here: World = ALONE,
     ) -> None:
         self.args, self.base, self.here = args, base, here
@@ -65,14 +66,12 @@ class Evaluation:
         if not wanted(args):
             return
         tokenizer = base.info.get_text_tokenizer()
-        window = window_of(base)
+        window_of(base)
         if held_out:
             books = [r for s in held_out for r in s.recordings][: args.eval.max_items]
             self.held_out = self._items(books, cache, tokenizer)
-        if args.eval.librilight_data:
-            books = _long_enough(args.eval.librilight_data, 4 * window * FRAME_SECONDS)
-            books, _ = choose(books, 0.0, args.eval.max_items)
-            self.panel = self._items(books, cache, tokenizer)
+        if panel:
+            self.panel = self._items(panel, cache, tokenizer)
 
     def _items(
         self, books: Sequence[Recording], cache: CodesCache, tokenizer: SentencePieceProcessor
@@ -136,6 +135,19 @@ class Evaluation:
         picture = next(f for f in files if f.suffix == ".png")
         metrics.image("nll_by_position", picture, step)
         return ["", render(results, as_text), "", "picture: " + str(picture)]
+
+
+def panel_of(args: TrainArgs, base: Base) -> list[Recording]:
+    """The recordings of `eval.librilight_data` that are scored, none if nothing is.
+
+    Raises:
+        UserError: it is not there or has nothing long enough, or the base's attention has no
+            window.
+    """
+    if not args.eval.librilight_data or not wanted(args):
+        return []
+    books = _long_enough(args.eval.librilight_data, 4 * window_of(base) * FRAME_SECONDS)
+    return choose(books, 0.0, args.eval.max_items)[0]
 
 
 def wanted(args: TrainArgs) -> bool:

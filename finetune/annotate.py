@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tqdm import tqdm
 
@@ -25,7 +25,7 @@ from finetune.check.report import printable, several
 from finetune.data.transcript import MAIN_SPEAKER, transcript_path
 from finetune.whisper import SAMPLE_RATE, Recogniser, load_whisper
 from moshi_ttt.audio import audio_info, read_audio
-from moshi_ttt.errors import UserError, no_space_left, run_cli
+from moshi_ttt.errors import Parser, UserError, no_space_left, run_cli
 from moshi_ttt.files import check_writable, written_whole
 
 USER_SPEAKER = "SPEAKER_USER"
@@ -35,21 +35,13 @@ SHORTEST_WORD = 0.02
 out."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line's options.
 
     Raises:
         UserError: unknown or malformed ones.
     """
-    p = _Parser(
-        prog="python -m finetune.annotate", allow_abbrev=False, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    p = Parser("python -m finetune.annotate", __doc__)
     p.add_argument("manifests", nargs="+", help="jsonl, or a folder for all in it")
     p.add_argument("--model", default="large-v3", help="size, hub repository or folder (large-v3)")
     p.add_argument("--language", default="en", help="code, or auto for each channel's own (en)")

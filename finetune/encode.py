@@ -13,7 +13,6 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from moshi.models.compression import MimiModel
@@ -23,20 +22,15 @@ from tqdm import tqdm
 from finetune.data.encoding import Job, encode_jobs, mimi_fingerprint
 from finetune.data.manifest import Line, read_lines
 from finetune.data.shards import INDEX, MIB, ShardFolder
-from finetune.model import load_codec
+from finetune.model import load_mimi
 from moshi_ttt.base import Base, find_base
 from moshi_ttt.codec import encode_recording
-from moshi_ttt.errors import UserError, run_cli
+from moshi_ttt.errors import Parser, UserError, run_cli
 from moshi_ttt.models import EMBEDDED_BASE, choose_device
 from moshi_ttt.tiny import build_base
 from moshi_ttt.tiny.model import BASE_WEIGHTS
 
 SHARD_MIB = 256
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,10 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: unknown or malformed ones.
     """
-    p = _Parser(
-        prog="python -m finetune.encode", allow_abbrev=False, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    p = Parser("python -m finetune.encode", __doc__)
     p.add_argument("manifest", help="jsonl manifest of audio")
     p.add_argument("out", metavar="OUT", help="folder for shards and their index")
     p.add_argument("--base", help="base folder or hub repository (the embedded one)")
@@ -84,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     lines = _lines(args.manifest)
     device = _device(args.device)
     base = _base(args.base)
-    mimi, _ = load_codec(base, device)
+    mimi = load_mimi(base, device)
     folder = ShardFolder(Path(args.out).expanduser(), mimi_fingerprint(mimi), mimi.cardinality)
     folder.check_same_manifest(lines)
 

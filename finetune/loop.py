@@ -126,12 +126,13 @@ class Loop:
         every = args.state_reset_interval
         reset = args.whole_recordings and every > 0 and step > 1 and (step - 1) % every == 0
         start = time.monotonic()
+        log = step % args.log_freq == 0 or step == args.max_steps
         ticks = [next(self.loader) for _ in range(args.tbptt_segments)]
         try:
             result = train_step(
                 self.model, ticks, self.optimizer, self.weights,
                 max_norm=args.max_norm, pass_states=args.passes_states, reset=reset,
-                world=self.here,
+                measure=log, world=self.here,
             )  # fmt: skip
         except torch.OutOfMemoryError as error:
             raise UserError(
@@ -141,7 +142,7 @@ class Loop:
         bar.update()
         if reset:
             self.metrics.log("lanes", step, {"reset": float(result.segments)})
-        if step % args.log_freq == 0 or step == args.max_steps:
+        if log:
             self._log(step, result, time.monotonic() - start, bar)
         if args.ttt is not None:
             # what is saved writes at the full rate: evaluate that
@@ -161,7 +162,7 @@ class Loop:
             "skipped": float(self.trainer.progress["skipped"] + (result.bad is not None)),
         }
         if self.args.ttt is not None:
-            values |= memory_metrics(self.lm, result)
+            values |= memory_metrics(self.lm, result, self.here)
         self.metrics.log("train", step, values)
         bar.set_postfix(
             loss=f"{result.loss:.3f}", cb0=f"{values['nll_codebook0']:.3f}",

@@ -102,17 +102,24 @@ def find_base_of(args: TrainArgs) -> Base:
         raise UserError(f"base {paths.hf_repo_id}: Mimi's config is not JSON: {error}") from error
 
 
-def load_codec(base: Base, device: torch.device) -> tuple[MimiModel, SentencePieceProcessor]:
-    """Mimi and the text tokenizer of a base.
+def load_mimi(base: Base, device: torch.device) -> MimiModel:
+    """Mimi, the codec of a base.
 
     Raises:
-        UserError: a file of theirs is broken.
+        UserError: its file is broken.
     """
     with _readable(f"base {base.name}: Mimi ({base.info.mimi_weights})"):
-        mimi = base.info.get_mimi(device)
+        return base.info.get_mimi(device)
+
+
+def load_tokenizer(base: Base) -> SentencePieceProcessor:
+    """The text tokenizer of a base.
+
+    Raises:
+        UserError: its file is broken.
+    """
     with _readable(f"base {base.name}: tokenizer ({base.info.tokenizer})"):
-        tokenizer = base.info.get_text_tokenizer()
-    return mimi, tokenizer
+        return base.info.get_text_tokenizer()
 
 
 @contextmanager

@@ -115,9 +115,15 @@ class MasterAdamW:
         for p, master in self.pairs:
             if master is not p:
                 master.grad = None if p.grad is None else p.grad.float()
-        params = [m for _, m in self.pairs]
-        norm = float(gathered(torch.nn.utils.clip_grad_norm_(params, max_norm or math.inf)))
+        grads = [master.grad for _, master in self.pairs if master.grad is not None]
+        total = gathered(torch.nn.utils.get_total_norm(grads))
+        norm = float(total)
         if math.isfinite(norm):
+            if max_norm:
+                # as torch clips, but by a number: it clips DTensors by one rounded to float32
+                scale = float((max_norm / (total + 1e-6)).clamp(max=1.0))
+                for grad in grads:
+                    grad.mul_(scale)
             self.adamw.step()
             with torch.no_grad():
                 for p, master in self.pairs:

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from finetune.args import TrainArgs, load_args
+from finetune.args import TrainArgs
+from finetune.load_args import load_args
 from moshi_ttt.errors import UserError
 from moshi_ttt.files import written_whole
 

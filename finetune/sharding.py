@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fully_shard import cls_to_fsdp_cls
 from torch.distributed.tensor import DTensor, Shard
 
 from finetune.loss import TeacherForced
@@ -43,13 +44,25 @@ def shard(model: TeacherForced, world: World, compute: torch.dtype) -> DeviceMes
     policy = policy if narrow else as_is
     for block in [m for m in model.modules() if isinstance(m, HybridSeqModelingBlock)]:
         block.memory.cast_projections(torch.float32 if narrow else compute)
-        fully_shard(block, mesh=mesh, mp_policy=as_is)
+        _shard(block, mesh, as_is)
     lm = model.lm
     depformer = [] if lm.depformer is None else lm.depformer.layers
     for layer in chain(lm.transformer.layers, depformer):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        _shard(layer, mesh, policy)
+    _shard(model, mesh, policy)
     return mesh
+
+
+def _shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    """`fully_shard`, which for moshi's modules needs to find its class made already.
+
+    It gives a module a class of (FSDPModule, its own) bases. moshi's are abstract base classes, and
+    CPython lets an object change its class only where the layouts have one origin, which is the
+    first base's: here it has to be the module's own.
+    """
+    own = type(module)
+    cls_to_fsdp_cls.setdefault(own, type(f"FSDP{own.__name__}", (own, FSDPModule), {}))
+    fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
 @contextmanager

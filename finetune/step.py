@@ -17,7 +17,15 @@ from finetune.optim import MasterAdamW
 from finetune.sharding import gathered
 from finetune.world import ALONE, World
 from moshi_ttt.hybrid import HybridLMModel
-from moshi_ttt.lanes import linked_segments, put_lanes, reset_lanes, take_lanes, use_slot
+from moshi_ttt.lanes import (
+    lanes_of,
+    linked_segments,
+    named_tensors,
+    put_lanes,
+    reset_lanes,
+    take_lanes,
+    use_slot,
+)
 from moshi_ttt.states import reset_ttt_states, ttt_blocks
 
 
@@ -61,6 +69,7 @@ def train_step(
     max_norm: float,
     pass_states: bool = True,
     reset: bool = False,
+    measure: bool = True,
     world: World = ALONE,
 ) -> StepResult:
     """Forward and backward of every micro-batch, then one update.
@@ -72,7 +81,8 @@ def train_step(
     the batch has none of is left out.
 
     With a loss or gradient that is not a number nothing is updated, and the lanes go on from where
-    they were before the step; a lane whose recording began in it starts anew at its next segment.
+    they were before the step; a lane whose recording began in it, or that carried such a number
+    into it, starts anew at its next segment.
 
     Args:
         model: with lanes attached for these batches (`attach_lanes`), if anything is to be carried.
@@ -83,6 +93,7 @@ def train_step(
         pass_states: hand the memories' states from segment to segment; otherwise each segment
             starts from W0. Keys and values are carried where `carry_kv` says so, either way.
         reset: let all lanes start anew first, wherever they are reading.
+        measure: take the norms of the states.
         world: the ranks whose batches make up the global batch.
     """
     lm, device = model.lm, model.lm.device
@@ -107,7 +118,8 @@ def train_step(
                 if not pass_states and isinstance(lm, HybridLMModel):
                     reset_ttt_states(lm, torch.ones_like(batches[slot].begins))
                 text_loss, audio_loss, sums = loss_sums(model, *tensors[slot], weights)
-                norms.append(state_norms(lm))  # before the update moves W0
+                if measure:
+                    norms.append(state_norms(lm))  # before the update moves W0
                 loss = loss + audio_loss / max(audio_total, 1e-12)
                 if text_total > 0:
                     loss = loss + text_loss / text_total
@@ -118,11 +130,14 @@ def train_step(
             # also of a loss that is no number: in a sharded model the other ranks wait for it
             (loss * world.size).backward()  # FSDP takes the mean over the ranks
     assert total is not None
-    norm = optimizer.step(max_norm)
-    if not math.isfinite(norm) and not bad:
+    reasons: list[str] = []
+    if world.any(bool(bad)):
+        optimizer.clear()
+        norm = math.nan
+        reasons = [reason for found in world.gather(bad) for reason in found]
+    elif not math.isfinite(norm := optimizer.step(max_norm)):  # of all gradients: on every rank
         names = "; ".join(b.describe() for batches in ticks for b in batches)
-        bad.append(f"gradient norm is {norm} on {names}")
-    reasons = [] if math.isfinite(norm) else [r for found in world.gather(bad) for r in found]
+        reasons = [f"gradient norm is {norm} on " + "; ".join(world.gather(names))]
     if reasons:
         put_lanes(lm, before)
         _start_anew(lm, ticks)
@@ -135,18 +150,22 @@ def train_step(
     heard = sum(sum(b.frames) for batches in ticks for b in batches)
     counts = torch.tensor([heard, begins.numel(), int(begins.sum()), int(goes_on.sum())])
     frames, segments, begun, passed = world.sum(counts).tolist()
-    states = torch.cat(norms, 1)
+    states = torch.cat(norms, 1) if norms else torch.zeros(2, 0)
     reason = "; ".join(reasons) or None
     tokens = int(total.count.sum())
     return StepResult(value, total, norm, tokens, frames, segments, begun, passed, states, reason)
 
 
 def _start_anew(lm: LMModel, ticks: Sequence[Sequence[Batch]]) -> None:
-    """Mark the rows whose recording began in a step that is taken back."""
+    """After a step is taken back: rows whose recording began in it, or whose state is broken."""
     for slot in range(len(ticks[0])):
         use_slot(lm, slot)
-        for batches in ticks:
-            reset_lanes(lm, batches[slot].begins)
+        rows = torch.stack([batches[slot].begins for batches in ticks]).any(0)
+        for lanes in lanes_of(lm).values():
+            value = lanes.values[slot]
+            for _, tensor in named_tensors(value) if value is not None else ():
+                rows = rows | ~tensor.view(len(rows), -1).isfinite().all(1).cpu()
+        reset_lanes(lm, rows)
 
 
 @torch.no_grad()
@@ -163,14 +182,15 @@ def state_norms(lm: LMModel) -> Tensor:
         if value is None:
             return torch.zeros(2, 0)
         state, start = value.fast, block.memory.params()
-        for key in set(state._fields) & set(start._fields):  # the fast weights: W0 has their names
+        # the fast weights: W0 has their names; in one order, as all ranks have to gather them
+        for key in (k for k in start._fields if k in state._fields):
             now, w0 = getattr(state, key), gathered(getattr(start, key))
             squares.append(torch.stack([(now - w).flatten(1).square().sum(1) for w in (0, w0)]))
     return torch.stack(squares).sum(0).sqrt() if squares else torch.zeros(2, 0)
 
 
 @torch.no_grad()
-def memory_metrics(lm: LMModel, result: StepResult) -> dict[str, float]:
+def memory_metrics(lm: LMModel, result: StepResult, world: World = ALONE) -> dict[str, float]:
     """Mean and spread of tanh(gate), and the mean of the states' norms over a step's segments.
 
     `state_norm` and `state_moved` (the distance from W0) are NaN where every call has a state of
@@ -178,7 +198,8 @@ def memory_metrics(lm: LMModel, result: StepResult) -> dict[str, float]:
     """
     blocks = ttt_blocks(lm).values()
     gates = torch.cat([torch.tanh(gathered(block.gate)).flatten().float() for block in blocks])
-    norm, moved = result.state_norms.mean(1).tolist()
+    norms = torch.cat([found.cpu() for found in world.gather(result.state_norms)], 1)
+    norm, moved = norms.mean(1).tolist()
     return {
         "gate_mean": float(gates.mean()),
         "gate_abs_mean": float(gates.abs().mean()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,16 +13,26 @@ import torch
 from moshi.models.lm import LMModel
 
 from finetune import after
-from finetune.args import TrainArgs, load_args
+from finetune.args import TrainArgs
 from finetune.corpora import prepare_corpus
 from finetune.data.codes import CodesCache
 from finetune.data.loader import Layout, Loader
-from finetune.data.manifest import Recording, read_sources
+from finetune.data.manifest import Source, read_sources
+from finetune.data.recording import Recording
+from finetune.data.stored_checks import check_codes, needs_codec
+from finetune.load_args import load_args
 from finetune.loop import Loop, say
 from finetune.loss import TeacherForced
 from finetune.memory_use import check_fits
 from finetune.metrics import Metrics
-from finetune.model import build_model, check_lora_file, check_remote, find_base_of, load_codec
+from finetune.model import (
+    build_model,
+    check_lora_file,
+    check_remote,
+    find_base_of,
+    load_mimi,
+    load_tokenizer,
+)
 from finetune.optim import MasterAdamW, parameter_groups
 from finetune.run_dir import (
     begin_run_dir,
@@ -77,9 +88,13 @@ def _train(config: str, args: TrainArgs, resume: bool | str, here: World) -> Non
     sources = read_sources(args.data.train_data)
     held_out = read_sources(args.data.eval_data) if after.wanted(args) else []
     base = find_base_of(args)
+    panel = after.panel_of(args, base)
+    heard = [*sources, *held_out, Source(Path("eval.librilight_data"), 1.0, tuple(panel))]
     lanes = None if state is None else len(read_about(state)["reading"]["lanes"])
     rows = rows_of(args, here, lanes)
     need = check_fits(base.lm_config, args, device, rows)
+    sides, card = base.lm_config["n_q"] - base.lm_config["dep_q"], base.lm_config["card"]
+    check_codes(heard, max(base.lm_config["dep_q"], sides), card)
     size, free = need.parameters / 1e6, need.trainable / 1e6
     say(here, f"     base {base.name}: {size:.2f} M parameters, {free:.2f} M of them trained")
     say(here, f"     needs about {need.total / 2**30:.2f} GiB")
@@ -102,18 +117,18 @@ def _train(config: str, args: TrainArgs, resume: bool | str, here: World) -> Non
     attach_lanes(lm, rows.batch_size, rows.slots)
 
     say(here, "2/5  speech to codes (made once, then re-used)")
-    mimi, tokenizer = load_codec(base, device)
+    mimi, tokenizer = load_mimi(base, device) if needs_codec(heard) else None, load_tokenizer(base)
     cache = CodesCache(
         args.data.codes_cache, mimi, load_mimi=base.info.get_mimi, mono_side=args.data.mono_side
     )
-    _encode(cache, [r for s in sources + held_out for r in s.recordings], args, here)
+    _encode(cache, [r for s in heard for r in s.recordings], args, here)
     loader = Loader(
         sources, cache, tokenizer, Layout.of(lm),
         seconds=args.duration_sec, batch_size=rows.batch_size, slots=rows.slots,
         whole=args.whole_recordings, shuffle=args.data.shuffle, seed=args.seed,
         rank=here.rank, world=here.size,
     )  # fmt: skip
-    evaluation = after.Evaluation(args, base, cache, held_out, here)
+    evaluation = after.Evaluation(args, base, cache, held_out, panel, here)
     del mimi
 
     trainer = TrainerState(lm, optimizer, loader, here, mesh)
@@ -215,7 +230,8 @@ def main() -> None:
     try:
         run_cli(lambda: fire.Fire(command))
     except Stopped as stopped:
-        sys.stderr.write(f"{stopped}\n")
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"{stopped}\n")
         sys.exit(128 + stopped.signum)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: checkpoints written so far stay\n")

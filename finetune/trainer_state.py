@@ -126,7 +126,9 @@ class TrainerState:
             count = lanes.batch_size * len(lanes.values)
             like = dict(named_tensors(holders[module].lane_value()))
             rows[module] = {
-                n: t.new_zeros(count, *t.shape[1:]) for n, t in like.items() if n in names
+                n: torch.zeros(count, *t.shape[1:], dtype=t.dtype, device=self.lm.device)
+                for n, t in like.items()
+                if n in names
             }
             rows[module][FRESH] = torch.zeros(count, dtype=torch.uint8, device=self.lm.device)
             tensors |= {

@@ -89,6 +89,10 @@ class HybridSeqModelingBlock(StreamingModule[BlockStreamingState], HasLanes):
             state = map_tensors(
                 lambda w0, old: torch.where(_rows(fresh, old), w0, old), start, state
             )
+        assert state is not None
+        if not self.config.writing:
+            # W0 as it is now: what a lane carries is the W0 of the step in which it began
+            state = state._replace(fast=start.fast)
         y, after = self.memory(x, state)
         if self.config.detach_memory_output:
             y = y.detach()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
@@ -13,6 +15,25 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 class UserError(ValueError):
     """A mistake in what the user gave: the message names file, line and value, in one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's options; what is wrong with them is a `UserError`.
+
+    Args:
+        command: what a person types, e.g. `"python -m eval.librilight"`.
+        about: its module's docstring, the head of `--help`.
+        more: further options of ArgumentParser, e.g. those of a subcommand.
+    """
+
+    def __init__(self, command: str | None = None, about: str | None = None, **more: Any) -> None:
+        given: dict[str, Any] = {"prog": command, "description": about, "allow_abbrev": False}
+        given["formatter_class"] = argparse.RawDescriptionHelpFormatter
+        super().__init__(**{**given, **more})
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of leaving."""
+        raise UserError(f"{message} (see --help)")
 
 
 def no_space_left(error: BaseException) -> bool:

@@ -15,12 +15,12 @@ import argparse
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from moshi_ttt.engine import Engine, Sampling
-from moshi_ttt.errors import UserError, run_cli
+from moshi_ttt.errors import Parser, UserError, run_cli
 from moshi_ttt.files import check_writable
 from moshi_ttt.loops import Interrupts, Reporter, stream_file, talk, user_channel
 from moshi_ttt.models import choose_device, open_talker
@@ -38,21 +38,13 @@ INTERRUPTED = 130
 _SAMPLING = tuple(f.name for f in fields(Sampling))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line's options.
 
     Raises:
         UserError: unknown, missing, contradictory or malformed ones.
     """
-    p = _Parser(
-        prog="python -m moshi_ttt.stream", allow_abbrev=False, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    p = Parser("python -m moshi_ttt.stream", __doc__)
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--file", help="a recording to talk to; any rate, mono or stereo")
     what.add_argument("--mic", action="store_true", help="talk through microphone and loudspeaker")

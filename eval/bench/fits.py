@@ -21,11 +21,12 @@ from tqdm import tqdm
 
 from eval.bench.gpu_train import largest_batch
 from eval.bench.ops_table import provenance
-from finetune.args import DataArgs, LoraArgs, TrainArgs, load_args
+from finetune.args import DataArgs, LoraArgs, TrainArgs
+from finetune.load_args import load_args
 from finetune.memory_use import Need, need_of, planned
 from finetune.world import Rows
 from moshi_ttt.config import TTTConfig
-from moshi_ttt.errors import UserError, run_cli
+from moshi_ttt.errors import Parser, UserError, run_cli
 
 CARDS = {24: 24.0, 40: 39.6, 80: 79.2, 141: 140.4}
 """What a card is called, in GB -> GiB that a program is told it has."""
@@ -153,11 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         UserError: a value that makes no run.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.bench.fits",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = Parser("python -m eval.bench.fits", __doc__)
     parser.add_argument("--cards", nargs="+", type=int, default=list(CARDS), choices=list(CARDS))
     parser.add_argument("--memories", nargs="+", default=["none", "every:4", "every:2"])
     parser.add_argument("--family", default="ttt_mlp", choices=["ttt_mlp", "ttt_linear"])

@@ -12,7 +12,6 @@ length that does not fit is a row that says so.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -43,7 +42,7 @@ from finetune.args import DataArgs, LoraArgs, TrainArgs
 from finetune.loss import LossWeights, TeacherForced, loss_sums
 from finetune.optim import parameter_groups
 from moshi_ttt.config import TTTConfig
-from moshi_ttt.errors import UserError, run_cli
+from moshi_ttt.errors import Parser, UserError, run_cli
 from moshi_ttt.hybrid import HybridLMModel, unsplice
 from moshi_ttt.lora import add_lora
 from moshi_ttt.memory import MEMORIES
@@ -215,11 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         UserError: lengths that do not grow, or no such device.
         SystemExit: status 1, a memory grows faster than the base.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.bench.segment_length",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = Parser("python -m eval.bench.segment_length", __doc__)
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for the 7B's shape")
     parser.add_argument("--frames", nargs="+", type=int, default=[2048, 4096, 8192, 16384])
     parser.add_argument("--rounds", type=int, default=5, help="of timing, at the first length")

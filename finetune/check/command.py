@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
@@ -23,13 +22,8 @@ from finetune.check.findings import ERROR, KINDS, Finding
 from finetune.check.lines import manifests, read_lines
 from finetune.check.recording import Checked, check_line, read_header
 from finetune.check.report import LISTED, as_json, as_text, printable
-from moshi_ttt.errors import UserError
+from moshi_ttt.errors import Parser, UserError
 from moshi_ttt.files import check_writable, written_whole
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,10 +32,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: unknown or malformed ones.
     """
-    p = _Parser(
-        prog="python -m finetune.check", allow_abbrev=False, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    p = Parser("python -m finetune.check", __doc__)
     p.add_argument("manifests", nargs="+", help="jsonl, or a folder for all in it")
     p.add_argument("--duration-sec", type=_seconds, help="training's segment: what is shorter?")
     p.add_argument("--tokenizer", help="sentencepiece model: which words does it not know?")

@@ -7,15 +7,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import NoReturn
 
 from finetune.corpora import daily_talk, embedded, folder, librilight
-from moshi_ttt.errors import UserError, run_cli
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
+from moshi_ttt.errors import Parser, run_cli
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -24,10 +18,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: unknown or malformed ones.
     """
-    p = _Parser(
-        prog="python -m finetune.corpora", allow_abbrev=False, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    p = Parser("python -m finetune.corpora", __doc__)
     names = p.add_subparsers(dest="name", metavar="NAME", required=True)
     for name, about in (
         ("librilight", "a folder in Libri-Light's layout; a book is a recording"),

@@ -14,8 +14,8 @@ from finetune.args import (
     OptimArgs,
     TrainArgs,
     WandbArgs,
-    load_args,
 )
+from finetune.load_args import load_args
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.errors import UserError
 

@@ -8,8 +8,8 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from finetune.args import load_args
 from finetune.corpora import daily_talk
+from finetune.load_args import load_args
 from finetune.memory_use import check_fits, estimate, need_of, planned
 from finetune.model import build_model, find_base_of
 from finetune.optim import parameter_groups

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import finetune.step
 from finetune.loss import TeacherForced
 from finetune.optim import Group, MasterAdamW
 from finetune.step import memory_metrics, state_norms, train_step
@@ -41,7 +42,7 @@ def step(lm, batches, **values):
     optimizer = Recording(lm)
     attach_lanes(lm, len(batches[0].names), len(batches))
     result = train_step(TeacherForced(lm), [batches], optimizer, WEIGHTS, max_norm=1.0, **values)
-    return result, optimizer.grads
+    return result, getattr(optimizer, "grads", None)
 
 
 def double(**values):
@@ -148,6 +149,35 @@ def test_lanes_of_a_bad_step_go_on_from_before_it():
     assert run([False, False]).bad is None
     for held in lanes_of(lm).values():
         assert held.values[0].fast.pos.tolist() == [2 * FRAMES, FRAMES]
+
+
+def test_a_lane_that_carries_a_bad_number_starts_anew():
+    """Or it would stop the run: nothing else ever resets it."""
+    lm = double()
+    attach_lanes(lm, 2)
+    model, optimizer = TeacherForced(lm), Recording(lm)
+    part = replace(batch(*ROWS[:2]), begins=torch.zeros(2, dtype=torch.bool))
+    train_step(model, [[part]], optimizer, WEIGHTS, max_norm=1.0)
+    lanes = lanes_of(lm)["transformer.layers.1.seq_modeling_block"]
+    lanes.values[0].fast.W1[1, 0, 0, 0] = math.inf
+    assert "loss is nan" in train_step(model, [[part]], optimizer, WEIGHTS, max_norm=1.0).bad
+    assert [held.fresh[0].tolist() for held in lanes_of(lm).values()] == [[False, True]] * 2
+    assert train_step(model, [[part]], optimizer, WEIGHTS, max_norm=1.0).bad is None
+
+
+def test_a_loss_that_is_none_with_gradients_that_are_numbers_updates_nothing(monkeypatch):
+    lm = small_lm()
+    before = {n: p.clone() for n, p in lm.named_parameters()}
+    real = finetune.step.loss_sums
+
+    def infinite(*args):
+        text, audio, sums = real(*args)
+        sums.loss[1] = math.inf
+        return text, audio, sums
+
+    monkeypatch.setattr(finetune.step, "loss_sums", infinite)
+    assert step(lm, [batch(ROWS[0])])[0].bad == "loss is inf on recording0.wav from 0.0 s"
+    assert all(torch.equal(p, before[n]) for n, p in lm.named_parameters())
 
 
 # -- passing states --------------------------------------------------------------------------------

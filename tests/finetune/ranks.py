@@ -1,0 +1,152 @@
+"""Several ranks on this machine: processes with gloo, started from one that has imported."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
+from multiprocessing import get_context
+from typing import Any
+from unittest import mock
+
+import torch
+
+import finetune.train
+from finetune.loss import LossWeights, TeacherForced
+from finetune.optim import MasterAdamW, parameter_groups
+from finetune.sharding import local, shard, whole
+from finetune.step import train_step
+from finetune.world import world
+from moshi_ttt.hybrid import carry_kv
+from moshi_ttt.lanes import attach_lanes, lanes_of
+from moshi_ttt.lora import add_lora
+from moshi_ttt.states import ttt_blocks
+from tests.small import small_hybrid
+
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.finetune.ranks"])
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _child(
+    queue: Any, env: dict[str, str], work: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    rank = int(env["RANK"])
+    try:
+        queue.put((rank, None, work(*args)))
+    except BaseException as error:
+        queue.put((rank, f"{type(error).__name__}: {error}\n{traceback.format_exc()}", None))
+
+
+def on_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `work(*args)` gives on each of `size` ranks; an error of any is raised."""
+    queue, port = CONTEXT.Queue(), str(_free_port())
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
+    processes = [
+        CONTEXT.Process(
+            target=_child,
+            args=(queue, env | {"RANK": str(r), "LOCAL_RANK": str(r)}, work, args),
+        )
+        for r in range(size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        found = sorted((queue.get(timeout=120) for _ in range(size)), key=lambda f: f[0])
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+    errors = [error for _, error, _ in found if error]
+    if errors:
+        raise AssertionError("\n".join(errors))
+    return [value for _, _, value in found]
+
+
+def train(config: str, keys: dict[str, Any], double: bool = False) -> None:
+    """A run of the trainer, in float64 if asked."""
+    build = finetune.train.build_model
+
+    def in_double(*given: Any) -> Any:
+        lm, done = build(*given)
+        return lm.double(), done
+
+    with ExitStack() as stack:
+        if double:
+            stack.enter_context(mock.patch("finetune.train.build_model", in_double))
+        finetune.train.train(config, **keys)
+
+
+def steps(
+    batches: list[Any], args: Any, dtype: torch.dtype, poison: int | None = None
+) -> dict[str, Any]:
+    """Train a small sharded model by hand: losses, dtypes, and how far its lanes have moved.
+
+    Args:
+        batches: of each step the micro-batch of each rank.
+        args: what is trained.
+        dtype: a forward computes in.
+        poison: a text token whose embedding is no number.
+    """
+    with world() as here:
+        lm = small_hybrid(lm={"norm": "rms_norm"})
+        memories = {n: b.state_dict() for n, b in ttt_blocks(lm).items()}
+        lm.to(dtype)
+        if poison is not None:
+            lm.text_emb.weight.data[poison] = math.nan
+        add_lora_without_memory(lm)
+        for name, block in ttt_blocks(lm).items():  # as a run has them: float32 but for projections
+            block.float().load_state_dict(memories[name])
+            block.memory.cast_projections(dtype)
+        groups = parameter_groups(lm, args)
+        model = TeacherForced(lm)
+        carry_kv(lm)
+        if here.size > 1:
+            shard(model, here, dtype)
+            groups = parameter_groups(lm, args)
+        optimizer = MasterAdamW(groups, (0.9, 0.95))
+        attach_lanes(lm, len(batches[0][here.rank].names))
+        results = [
+            train_step(model, [[b[here.rank]]], optimizer, LossWeights(), max_norm=1.0, world=here)
+            for b in batches
+        ]
+        dtypes = {
+            f"{name}.{key}": str(tensor.dtype)
+            for name, lanes in lanes_of(lm).items()
+            for key, tensor in lanes.tensors().items()
+        }
+        masters = {str(local(master).dtype) for _, master in optimizer.pairs}
+        with whole(model):
+            attention = lm.transformer.layers[0].self_attn.in_projs[0]
+            w0 = {n: b.memory.W1.detach().tolist() for n, b in ttt_blocks(lm).items()}
+            seen = {
+                "projection": str(next(iter(ttt_blocks(lm).values())).memory.o_proj.weight.dtype),
+                "attention": str(attention.lora_A.weight.dtype),
+            }
+        return {
+            "loss": [r.loss for r in results], "bad": [r.bad for r in results], "dtypes": dtypes,
+            "masters": masters, "w0": w0, "seen": seen,
+        }  # fmt: skip
+
+
+def add_lora_without_memory(lm: Any) -> None:
+    """LoRA on the base only: the memory is spliced in already."""
+    blocks = {}
+    for layer in lm.transformer.layers:
+        blocks[layer] = layer.seq_modeling_block
+        del layer.seq_modeling_block
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        add_lora(lm, 4, 2.0)
+    for layer, block in blocks.items():
+        layer.add_module("seq_modeling_block", block)

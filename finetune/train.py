@@ -103,7 +103,7 @@ def _train(
     heard = [*sources, *held_out, Source(Path("eval.librilight_data"), 1.0, tuple(panel))]
     lanes = None if state is None else len(read_about(state)["reading"]["lanes"])
     rows = rows_of(args, here, lanes)
-    need = check_fits(base.lm_config, args, device)
+    need = check_fits(base.lm_config, args, device, rows)
     sides, card = base.lm_config["n_q"] - base.lm_config["dep_q"], base.lm_config["card"]
     check_codes(heard, max(base.lm_config["dep_q"], sides), card)
     size, free = need.parameters / 1e6, need.trainable / 1e6

@@ -1,4 +1,4 @@
-"""The benchmark of the ops as a table with its targets, and where it was made."""
+"""The benchmark of the ops as a table with its targets, and where a benchmark was made."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def provenance() -> dict[str, str]:
-    """Commit, machine, versions, command and date."""
+def provenance(
+    module: str = "eval.bench.ops", device: torch.device | None = None
+) -> dict[str, str]:
+    """Commit, machine, versions, command and date.
+
+    Args:
+        module: that was run, e.g. `"eval.bench.ops"`.
+        device: a GPU, if it was measured.
+    """
 
     def git(*args: str) -> str:
         done = subprocess.run(
@@ -75,12 +83,18 @@ def provenance() -> dict[str, str]:
         )
         return done.stdout.strip()
 
-    dirty = " with changes" if git("status", "--porcelain", "--", "../../moshi_ttt") else ""
+    code = ("../../moshi_ttt", "../../finetune", "..", ":(exclude)results")
+    dirty = " with changes" if git("status", "--porcelain", "--", *code) else ""
+    cpu = platform.processor() or platform.machine()
+    machine = f"{cpu}, {torch.backends.cpu.get_cpu_capability()}, 1 thread"
+    if device is not None and device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        machine = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
     return {
         "commit": (git("rev-parse", "HEAD") or "unknown") + dirty,
-        "machine": f"{platform.processor() or platform.machine()}, "
-        f"{torch.backends.cpu.get_cpu_capability()}, 1 thread",
-        "versions": f"python {platform.python_version()}, torch {torch.__version__}",
-        "command": shlex.join(["python", "-m", "eval.bench.ops", *sys.argv[1:]]),
+        "machine": machine,
+        "versions": f"python {platform.python_version()}, torch {torch.__version__}, "
+        f"moshi {version('moshi')}",
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

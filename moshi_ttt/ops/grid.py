@@ -165,7 +165,8 @@ class Grid:
         """`[n, N, C, K]` -> `[B, H, C, K]`: each row's unfinished chunk, zero if it has none."""
         B, H, C, K = self.B, self.H, self.C, x.shape[-1]
         if self.start is not None:
-            out = x[-1] if self.leftover else torch.zeros_like(x[0])
+            # a view would keep all chunks alive for as long as a state lives
+            out = x[-1].clone() if self.leftover else torch.zeros_like(x[0])
         else:
             assert self.last is not None
             out = torch.where(self.last, x, 0).sum(0)

@@ -2,17 +2,19 @@
 
 import json
 import socket
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
 import torch
-from finetune.load_args import load_args
 
 from finetune.corpora import daily_talk
-from finetune.memory_use import check_fits, estimate
+from finetune.load_args import load_args
+from finetune.memory_use import check_fits, estimate, need_of, planned
 from finetune.model import build_model, find_base_of
 from finetune.optim import parameter_groups
 from finetune.train import train
+from finetune.world import Rows
 from moshi_ttt.errors import UserError
 from tests.finetune.small_run import ROOT
 
@@ -67,12 +69,72 @@ def test_the_7bs_parameters_are_counted(world):
     need = estimate(None, args, 2)
     assert need.parameters - need.trainable == pytest.approx(7.69e9, rel=0.01)
     assert need.weights == 2 * need.parameters
-    assert need.training == need.trainable * (2 + 4 + 8)
+    trained = need.gradients + need.masters + need.moments
+    assert trained == need.trainable * (2 + 4 + 8)
+    assert need.lanes == 0
     memory = estimate(None, load_args(world.config, {"lora.rank": 128}), 2)
     assert memory.trainable > need.trainable
-    longer = estimate(None, load_args(world.config, {"duration_sec": 2.4}), 2)
-    short = estimate(None, load_args(world.config), 2)
-    assert longer.activations == 2 * short.activations
+    assert memory.weights > 2 * memory.parameters  # W0 and gates stay in float32
+    assert memory.lanes > 0
+
+
+def total(world, **values):
+    return estimate(None, load_args(world.config, values), 2).total
+
+
+def test_what_makes_a_run_larger_or_smaller(world):
+    """Of the 7B; every one of these is some hundred megabytes, at least."""
+    least = {"batch_size": 1, "duration_sec": 80, "ttt.layers": "every:4"}
+    run = total(world, **least)
+    for more in (
+        {"batch_size": 2}, {"duration_sec": 160}, {"lora.rank": 64}, {"ttt.layers": "every:2"},
+        {"tbptt_segments": 2}, {"num_microbatches": 2}, {"carry_kv": True},
+    ):  # fmt: skip
+        assert total(world, **{**least, **more}) > run + 10**8, more
+    for less in ({"gradient_checkpointing": True}, {"ttt": "none"}, {"ttt.memory": "ttt_linear"}):
+        assert total(world, **{**least, **less}) < run - 10**8, less
+
+
+def test_ranks_share_what_is_at_rest_and_nothing_else(world):
+    args = load_args(world.config, {"lora.rank": 128, "gradient_checkpointing": True})
+    lm, kv = planned(None, args, 2)
+    one, eight = (need_of(lm, kv, args, Rows(4, 1, ranks)) for ranks in (1, 8))
+    assert eight.parameters == one.parameters
+    frozen = 2 * (one.parameters - one.trainable)
+    assert eight.weights == pytest.approx((frozen + 4 * one.trainable) / 8, rel=1e-6)
+    assert eight.gradients == pytest.approx(4 * one.trainable / 8, rel=1e-6)
+    assert eight.moments == pytest.approx(one.moments / 8, rel=1e-6)
+    assert eight.masters == 0  # what is sharded is its own
+    assert (eight.lanes, eight.activations) == (one.lanes, one.activations)
+    layer = sum(p.nbytes for p in lm.transformer.layers[-1].parameters())
+    assert eight.gathered > 2 * layer
+    assert one.gathered == 0
+    assert eight.total < one.total
+
+
+def test_a_run_that_fits_on_all_ranks_only(world, monkeypatch):
+    """All of the 7B in float32 moments and gradients: 8 GPUs of 80 GB, not one."""
+    args = load_args(
+        world.config,
+        {"lora.enable": False, "full_finetuning": True, "ttt": "none", "param_dtype": "bfloat16"},
+    )
+    gpu = SimpleNamespace(total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    cuda = torch.device("cuda")
+    with pytest.raises(UserError, match=r"about [\d,]+ bytes .* the GPU has 80,000,000,000"):
+        check_fits(None, args, cuda)
+    assert check_fits(None, args, cuda, Rows(2, 1, 8)).total < 80 * 10**9
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
+    check_fits(None, args, cuda)
+    with pytest.raises(UserError, match=r"on each of 8 GPUs, the GPU has"):
+        check_fits(None, args, cuda, Rows(4000, 1, 8))
+
+
+def test_a_run_that_is_too_large_for_this_machine(world):
+    args = load_args(world.config, {"batch_size": 10**7})
+    with pytest.raises(UserError, match=r"needs about [\d,]+ bytes .*, the machine has [\d,]+"):
+        check_fits(find_base_of(args).lm_config, args, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

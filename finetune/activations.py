@@ -1,0 +1,280 @@
+"""Bytes that a forward keeps for its backward, and that the backward needs besides: the formulas.
+
+Each is what moshi's and our own code saves, tensor by tensor, at `N = rows * T` frames and `w`
+bytes of a number; attention is the fused one, whose mask is a matrix in the compute dtype.
+`tests/finetune/test_measured.py` holds all of it against measured bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from moshi.models.lm import LMModel
+from moshi.modules.lora import LoRALinear
+from moshi.modules.transformer import (
+    LayerScale,
+    RMSNorm,
+    StreamingMultiheadAttention,
+    StreamingTransformerLayer,
+)
+from torch import nn
+
+from moshi_ttt.block import HybridSeqModelingBlock
+from moshi_ttt.hybrid import BLOCK
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward and backward.
+
+    Attributes:
+        rows: of a micro-batch, B.
+        frames: of a segment, T.
+        width: bytes of a number in the compute dtype, w.
+        rank: of LoRA; 0 is none.
+        full: whether the base is trained.
+        embeddings: whether embeddings are trained.
+        checkpointing: whether layers keep their inputs only.
+        carry_kv: whether keys and values of the segments before stand in front.
+    """
+
+    rows: int
+    frames: int
+    width: int
+    rank: int
+    full: bool
+    embeddings: bool
+    checkpointing: bool
+    carry_kv: bool
+
+    @property
+    def adapts(self) -> bool:
+        """Whether every Linear learns, so that its input is kept."""
+        return self.full or self.rank > 0
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one segment of one micro-batch.
+
+    Attributes:
+        temporal: kept by the temporal transformer and its embeddings.
+        depth: kept by the depformer.
+        logits: kept by the loss, float32 log-probabilities of all cards.
+        loss: needed besides all three when the loss is made and its backward begins.
+        depth_layer: needed besides `temporal` and `depth` in one layer's backward, of the depformer
+        temporal_layer: and, besides `temporal`, of the temporal transformer.
+    """
+
+    temporal: int
+    depth: int
+    logits: int
+    loss: int
+    depth_layer: int
+    temporal_layer: int
+
+    @property
+    def kept(self) -> int:
+        """Bytes kept when the forward is done."""
+        return self.temporal + self.depth + self.logits
+
+    @property
+    def working(self) -> int:
+        """Most bytes that the backward needs beyond what is kept."""
+        later = self.temporal + max(self.temporal_layer, self.depth + self.depth_layer)
+        return max(self.loss, later - self.kept)
+
+
+def activations(lm: LMModel, run: Pass) -> Activations:
+    """What a model, all that is trained put in, needs for one segment of one micro-batch."""
+    layers = [_temporal(x) for x in lm.transformer.layers]
+    blocks = [_block(x) for x in layers]
+    N, w, d = run.rows * run.frames, run.width, lm.dim
+    learns = run.adapts or run.embeddings
+    first = 0 if learns else next(i for i, b in enumerate(blocks) if b is not None)
+    shape = run.rows, run.frames
+    bodies = [
+        _layer(x, b, run, *shape, moving=run.embeddings or i > first)
+        for i, (x, b) in enumerate(zip(layers, blocks, strict=True))
+    ][first:]
+    inputs = w * d * N * len(bodies)
+    temporal = inputs if run.checkpointing else sum(body.kept for body in bodies)
+    temporal += _norm(lm.out_norm, N, d, run) + run.rank * w * N * (1 + lm.dep_q)
+    if run.embeddings:
+        temporal += 9 * N * (lm.num_codebooks + lm.dep_q)  # indices, and which are none
+    temporal_layer = max(body.peak(run.checkpointing) for body in bodies)
+
+    depth = depth_layer = 0
+    text, audio = lm.text_linear.out_features, lm.dep_q * lm.card
+    if lm.depformer is not None:
+        steps = [_temporal(x) for x in lm.depformer.layers]
+        head, flat = lm.linears[0], (N, lm.dep_q)
+        assert isinstance(head, nn.Linear | LoRALinear)
+        dd = head.in_features
+        bodies = [_layer(x, None, run, *flat, moving=True) for x in steps]
+        inputs = w * dd * N * lm.dep_q * len(steps)
+        depth = inputs if run.checkpointing else sum(body.kept for body in bodies)
+        if run.adapts:  # the heads' inputs
+            depth += w * N * lm.dep_q * (dd + run.rank)
+        depth_layer = max(body.peak(run.checkpointing) for body in bodies) + w * text * N
+    logits = N * (4 * (text + audio) + 13 * (1 + lm.dep_q))
+    wide = 4 if w < 4 else 0
+    loss = N * max(w * (text + audio) + (w + wide) * audio, 8 * audio, w * audio + 8 * text)
+    return Activations(temporal, depth, logits, loss, depth_layer, temporal_layer)
+
+
+def _temporal(layer: nn.Module) -> StreamingTransformerLayer:
+    assert isinstance(layer, StreamingTransformerLayer)
+    return layer
+
+
+def _block(layer: nn.Module) -> HybridSeqModelingBlock | None:
+    block = getattr(layer, BLOCK, None)
+    assert block is None or isinstance(block, HybridSeqModelingBlock)
+    return block
+
+
+def _norm(norm: nn.Module, n: int, d: int, run: Pass) -> int:
+    """A norm and its output: RMSNorm keeps its input and the factor on it, both in its dtype."""
+    own = run.width if not isinstance(norm, RMSNorm) or norm.dtype is None else 4
+    kept = 2 * own if isinstance(norm, RMSNorm) else max(own, 4)
+    return n * d * (kept + (run.width if run.adapts else 0))
+
+
+def _hidden(layer: StreamingTransformerLayer) -> tuple[int, bool]:
+    """Hidden width of the feed forward block, and whether it is gated."""
+    gate = layer.gating
+    if gate is None:
+        return layer.linear1.out_features, False  # pyright: ignore[reportOptionalMemberAccess, reportReturnType]
+    gate = gate[0] if isinstance(gate, nn.ModuleList) else gate
+    return gate.linear_out.in_features, True  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
+
+
+def _keys(attention: StreamingMultiheadAttention, T: int, run: Pass) -> int:
+    prefix = run.carry_kv and attention.context is not None
+    return T + (attention.context or 1) - 1 if prefix else T
+
+
+@dataclass(frozen=True)
+class _Body:
+    """One layer without checkpointing: what its parts keep, and what their backwards need."""
+
+    attention: int
+    memory: int
+    feed: int
+    attention_extra: int
+    memory_extra: int
+    feed_extra: int
+
+    @property
+    def kept(self) -> int:
+        return self.attention + self.memory + self.feed
+
+    def peak(self, again: bool) -> int:
+        """Most bytes of its backward, which drops a part when it is through with it.
+
+        Args:
+            again: whether all of the layer is made first; else it is there already.
+        """
+        need = (
+            self.kept + self.feed_extra,
+            self.attention + self.memory + self.memory_extra,
+            self.attention + self.attention_extra,
+        )
+        return max(need) if again else max(max(need) - self.kept, 0)
+
+
+def _layer(
+    layer: StreamingTransformerLayer,
+    block: HybridSeqModelingBlock | None,
+    run: Pass,
+    rows: int,
+    T: int,
+    *,
+    moving: bool,
+) -> _Body:
+    """A layer on `rows` of T frames; `moving` is whether its input has a gradient."""
+    attention, w, n = layer.self_attn, run.width, rows * T
+    d, heads, keys = attention.embed_dim, attention.num_heads, _keys(attention, T, run)
+    kv = d // attention.kv_repeat
+    attends = w * d * n  # its output
+    if keys > T:
+        attends += w * (d * n + 2 * kv * rows * keys)
+    else:  # v is a part of the joint projection, q and k too if they are not rotated
+        attends += w * n * (d + 2 * kv + (d + kv if attention.rope else 0))
+    if attention.rope is not None:
+        attends += 4 * (d // heads) * n
+    mask = rows * T * _up(keys, 16)
+    attends += 4 * heads * rows * _up(T, 32) + w * mask
+    attends += _norm(layer.norm1, n, d, run) if moving else w * d * n
+    attends += 2 * run.rank * w * n
+    if not (moving or run.adapts):
+        attends = 0  # nothing that learns is in it or before it
+    hidden, gated = _hidden(layer)
+    feeds = w * n * hidden * ((3 if gated else 1) + (1 if run.adapts else 0))
+    feeds += _norm(layer.norm2, n, d, run) + 2 * run.rank * w * n
+    if run.full:
+        scales = (layer.layer_scale_1, layer.layer_scale_2)
+        feeds += w * n * d * sum(isinstance(x, LayerScale) for x in scales)
+    steps = max(1, layer.weights_per_step)
+    return _Body(
+        attends,
+        0 if block is None else _memory(block, run),
+        feeds,
+        max(6 * w * n * d, 10 * mask),  # int64 distances of positions, and booleans
+        0 if block is None else _memory_extra(block, run),
+        4 * w * n * hidden // steps + 2 * w * n * d,
+    )
+
+
+def _sizes(block: HybridSeqModelingBlock) -> tuple[int, int, int]:
+    """Numbers of one row's fast weights, and per slot of a chunk: rows of G and X, hidden width."""
+    memory = block.memory
+    H, D, F = memory.num_heads, memory.head_dim, block.config.hidden_mult * memory.head_dim
+    if block.config.memory == "ttt_mlp":
+        return H * (2 * D * F + F + D), H * (2 * F + D), H * F
+    return H * (D * D + D), H * D, 0
+
+
+def _chunks(block: HybridSeqModelingBlock, run: Pass) -> tuple[int, int]:
+    """Chunks of a segment at most, and how many of them make a group of the scan."""
+    n = -(-run.frames // block.config.chunk_size) + 1
+    return n, math.isqrt(n - 1) + 1
+
+
+def _memory(block: HybridSeqModelingBlock, run: Pass) -> int:
+    """A memory without checkpointing, the states at the groups' starts among it."""
+    memory, w, N = block.memory, run.width, run.rows * run.frames
+    d, H, C = memory.width, memory.num_heads, block.config.chunk_size
+    fast, buffers, _ = _sizes(block)
+    n, size = _chunks(block, run)
+    states = (-(-n // size) + 1) * fast + C * buffers + 2 * (block.config.conv_width - 1) * d
+    laid = n * C * (3 * d + H)
+    own = 4 * (d + H) + w * d + (4 * d if w < 4 else 0)
+    own += 0 if run.adapts and block.norm is None else w * d
+    kept = run.rows * 4 * (states + laid) + N * own
+    return kept if block.norm is None else kept + _norm(block.norm, N, d, run)
+
+
+def _memory_extra(block: HybridSeqModelingBlock, run: Pass) -> int:
+    """What a memory's backward needs: a group of chunks made again, or q and k made again."""
+    d, C = block.memory.width, block.config.chunk_size
+    fast, _, hidden = _sizes(block)
+    _, size = _chunks(block, run)
+    group = (2 * size + 6) * fast + size * C * (12 * d + 10 * hidden)
+    laid = run.frames * 8 * d
+    queries = run.frames * 28 * d
+    return run.rows * 4 * max(group + laid, queries)
+
+
+def lane_bytes(block: HybridSeqModelingBlock) -> int:
+    """Bytes of one lane's state of a memory: fast weights, unfinished chunk, convolution."""
+    memory, C = block.memory, block.config.chunk_size
+    fast, buffers, _ = _sizes(block)
+    conv = 2 * (block.config.conv_width - 1) * memory.width
+    return 4 * (fast + C * (memory.width + buffers) + conv) + 8
+
+
+def _up(n: int, to: int) -> int:
+    return -(-n // to) * to

@@ -49,7 +49,7 @@ check: setup  ## ruff, basedpyright and import-linter
 	@.venv/bin/lint-imports
 
 test: setup  ## the default tests (minutes)
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n auto --dist loadfile $(ARGS)
 
 slow: setup  ## the long tests
 	@$(PY) -m pytest -m slow $(ARGS)

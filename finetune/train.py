@@ -101,8 +101,8 @@ def _train(
     base = find_base_of(args)
     panel = after.panel_of(args, base)
     heard = [*sources, *held_out, Source(Path("eval.librilight_data"), 1.0, tuple(panel))]
-    lanes = None if state is None else len(read_about(state)["reading"]["lanes"])
-    rows = rows_of(args, here, lanes)
+    saved = None if state is None else len(read_about(state)["reading"]["lanes"])
+    rows = rows_of(args, here, saved)
     need = check_fits(base.lm_config, args, device, rows)
     sides, card = base.lm_config["n_q"] - base.lm_config["dep_q"], base.lm_config["card"]
     check_codes(heard, max(base.lm_config["dep_q"], sides), card)
@@ -120,7 +120,8 @@ def _train(
     model, mesh = TeacherForced(lm), None
     if args.carry_kv:
         size = _carry_kv(lm) * rows.here / 2**20
-        say(here, f"     keys and values of {rows.here} lanes: {size:,.1f} MiB")
+        lanes = f"keys and values of {rows.here} lanes"
+        say(here, f"     {lanes}: {size:,.1f} MiB, twice that during a step")
     if here.size > 1:
         mesh = shard(model, here, lm.dtype)
         groups = parameter_groups(lm, args)

@@ -35,6 +35,9 @@ from finetune.world import ALONE, World
 from moshi_ttt.base import Base, load_base
 from moshi_ttt.errors import UserError
 
+SCORED = ("held_out", "librilight")
+"""Kinds of a run's log: what is scored during training."""
+
 
 class Evaluation:
     """Scores of whole recordings, during training and after it; training does not notice.
@@ -85,7 +88,7 @@ class Evaluation:
             UserError: an NLL is not finite.
         """
         here = self.here
-        for name, items in (("held_out", self.held_out), ("librilight", self.panel)):
+        for name, items in zip(SCORED, (self.held_out, self.panel), strict=True):
             if not items:
                 continue
             mine = items[here.rank :: here.size]

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from finetune.data.encoding import Job, encode_jobs, mimi_fingerprint
 from finetune.data.manifest import Line, read_lines
 from finetune.data.shards import INDEX, MIB, ShardFolder
-from finetune.model import load_mimi
-from moshi_ttt.base import Base, find_base, fingerprint
+from finetune.model import codec_file, load_mimi
+from moshi_ttt.base import Base, find_base
 from moshi_ttt.codec import encode_recording
 from moshi_ttt.errors import Parser, UserError, run_cli
 from moshi_ttt.models import EMBEDDED_BASE, choose_device
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     device = _device(args.device)
     base = _base(args.base)
     mimi = load_mimi(base, device)
-    codec, file = mimi_fingerprint(mimi), fingerprint(base.info.mimi_weights)
+    codec, file = mimi_fingerprint(mimi), codec_file(base)
     folder = ShardFolder(Path(args.out).expanduser(), codec, file, mimi.cardinality)
     folder.check_same_manifest(lines)
 

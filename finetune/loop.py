@@ -97,7 +97,8 @@ class Loop:
         done, bad, good = progress["step"], 0, self._moment()
         last = self._saved(done)
         self._first(self._clear)
-        if done and self._evaluation_due(done) and not self.metrics.has("held_out", done):
+        scored = any(self.metrics.has(kind, done) for kind in after.SCORED)
+        if done and self._evaluation_due(done) and not self.here.gather(scored)[0]:
             self._evaluate(done)  # the run was stopped between saving and scoring
         bar = tqdm(
             total=args.max_steps, initial=done, desc="training", unit="step", dynamic_ncols=True,

@@ -41,7 +41,7 @@ class Metrics:
         self._start = time.monotonic()
         self._wandb: Any = None
         self._file = None if silent else _open(run_dir / "metrics.jsonl", after_step)
-        self._last = _kinds_at(run_dir / "metrics.jsonl", after_step)
+        self._last = set() if silent else _kinds_at(run_dir / "metrics.jsonl", after_step)
         if args.wandb.project is None or silent:
             return
         about: dict[str, Any] = {
@@ -119,7 +119,7 @@ def _open(path: Path, after_step: int) -> TextIO:
 
 
 def _kinds_at(path: Path, step: int) -> set[tuple[str, int]]:
-    found = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    found = map(json.loads, path.read_text().splitlines())
     return {(line["kind"], step) for line in found if line["step"] == step}
 
 

@@ -19,7 +19,7 @@ from sentencepiece import SentencePieceProcessor
 from finetune.args import TrainArgs
 from finetune.memory_use import check_fits
 from moshi_ttt import states
-from moshi_ttt.base import CONFIG_FILE, Base, find_base, load_base, read_json
+from moshi_ttt.base import CONFIG_FILE, Base, find_base, fingerprint, load_base, read_json
 from moshi_ttt.errors import UserError, no_space_left
 from moshi_ttt.hybrid import Spliced, splice
 from moshi_ttt.lora import add_lora, load_lora
@@ -112,6 +112,16 @@ def load_mimi(base: Base, device: torch.device) -> MimiModel:
         return base.info.get_mimi(device)
 
 
+def codec_file(base: Base) -> str:
+    """Fingerprint of a base's Mimi, told without loading it.
+
+    Raises:
+        UserError: its file is broken.
+    """
+    with _readable(f"base {base.name}: Mimi ({base.info.mimi_weights})"):
+        return fingerprint(base.info.mimi_weights)
+
+
 def load_tokenizer(base: Base) -> SentencePieceProcessor:
     """The text tokenizer of a base.
 
@@ -122,6 +132,12 @@ def load_tokenizer(base: Base) -> SentencePieceProcessor:
         return base.info.get_text_tokenizer()
 
 
+_BROKEN = (
+    SafetensorError, RuntimeError, KeyError, TypeError, AssertionError, json.JSONDecodeError,
+    UnicodeDecodeError,
+)  # fmt: skip
+
+
 @contextmanager
 def _readable(what: str) -> Iterator[None]:
     """A file that cannot be read as what it should be is the user's to mend."""
@@ -129,7 +145,7 @@ def _readable(what: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (SafetensorError, RuntimeError, KeyError, TypeError, AssertionError) as error:
+    except _BROKEN as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{what} cannot be read: {reason or type(error).__name__}") from error
 

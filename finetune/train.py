@@ -30,6 +30,7 @@ from finetune.model import (
     build_model,
     check_lora_file,
     check_remote,
+    codec_file,
     find_base_of,
     load_mimi,
     load_tokenizer,
@@ -129,7 +130,7 @@ def _train(
     attach_lanes(lm, rows.batch_size, rows.slots)
 
     say(here, "2/5  speech to codes (made once, then re-used)")
-    needed = needs_codec(heard, fingerprint(base.info.mimi_weights))
+    needed = needs_codec(heard, codec_file(base))
     mimi, tokenizer = load_mimi(base, device) if needed else None, load_tokenizer(base)
     cache = CodesCache(
         args.data.codes_cache, mimi, load_mimi=base.info.get_mimi, mono_side=args.data.mono_side

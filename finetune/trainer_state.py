@@ -241,6 +241,7 @@ def _random_states() -> dict[str, Tensor]:
 
 
 def _set_random_states(states: dict[str, Tensor]) -> None:
-    torch.set_rng_state(states["rng"])
+    if "rng" in states:
+        torch.set_rng_state(states["rng"])
     if "rng_cuda" in states:
         torch.cuda.set_rng_state(states["rng_cuda"])

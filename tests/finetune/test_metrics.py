@@ -58,6 +58,7 @@ def test_offline_needs_no_network_and_no_key(world, tmp_path, quiet, caplog):
     out.log("train", 1, {"loss": 1.5, "nll_text": math.nan})
     out.log("held_out", 1, {"nll_codebook0": 2.5})
     out.close()
+    wandb.teardown()  # writes what is not written yet
     found = mirrored(tmp_path / "run")
     for name in (b"train/loss", b"held_out/nll_codebook0", b"num_microbatches"):
         assert name in found

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from sentencepiece import SentencePieceProcessor
@@ -74,6 +75,7 @@ class Corpus:
         """What messages call a recording."""
         return self.recordings[index].name
 
+    @cached_property
     def digest(self) -> str:
         """SHA-1 of codes and text of all recordings in their order; files may lie elsewhere."""
         digest = hashlib.sha1(str(self.weight).encode())

@@ -168,7 +168,7 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where every lane of every rank is, and in what data, as plain JSON values."""
-        return self.reading.state_dict() | {"data": [corpus.digest() for corpus in self.corpora]}
+        return self.reading.state_dict() | {"data": [corpus.digest for corpus in self.corpora]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken, on as many lanes over any number of ranks and slots.
@@ -176,7 +176,7 @@ class Loader:
         Raises:
             ValueError: it is of other data or of another number of lanes.
         """
-        if state["data"] != [corpus.digest() for corpus in self.corpora]:
+        if state["data"] != [corpus.digest for corpus in self.corpora]:
             raise ValueError(
                 "the training data are not the same: recordings, their order, transcripts or "
                 "weights have changed, so lanes would go on in another recording"

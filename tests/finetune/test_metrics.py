@@ -7,8 +7,8 @@ import os
 
 import pytest
 import wandb
-from finetune.load_args import load_args
 
+from finetune.load_args import load_args
 from finetune.metrics import Metrics
 from moshi_ttt.errors import UserError
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from finetune.load_args import load_args
 
+from finetune.load_args import load_args
 from finetune.run_dir import begin_run_dir, finished_summary
 from moshi_ttt.errors import UserError
 from tests.finetune.small_run import lines

@@ -159,7 +159,8 @@ def _train(
     say(here, f"3/5  {_plan(args, rows, done)}; parameters: {trained}")
     metrics = Metrics(run_dir, args, after_step=done, silent=not here.first)
     try:
-        known = set() if state is None or run_dir not in state.parents else {done}
+        own = state is not None and run_dir.resolve() in state.resolve().parents
+        known = {done} if own else set()
         loop = Loop(args, base, model, trainer, metrics, evaluation, run_dir, here, known)
         last = loop.run()
         summary = [f"trained in {(time.monotonic() - began) / 60:.1f} min"]

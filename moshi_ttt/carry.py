@@ -113,9 +113,11 @@ class CarryingLayer(StreamingTransformerLayer, HasLanes):
         kv, fresh = self._lanes.enter(x.shape[0])
         if kv is None:
             kv = self._no_kv(x.shape[0], x)
-        rows = fresh.view(-1, 1, 1, 1)  # zeros: a masked number that is none would still be one
-        k, v = torch.where(rows, 0, kv.k), torch.where(rows, 0, kv.v)
-        return Carried(KV(k, v, torch.where(fresh, 0, kv.pos)), None, None)
+        if bool(fresh.any()):  # asked on the host: a copy of all keys at every segment costs more
+            rows = fresh.view(-1, 1, 1, 1)  # zeros: a masked number that is none would still be one
+            k, v = torch.where(rows, 0, kv.k), torch.where(rows, 0, kv.v)
+            kv = KV(k, v, torch.where(fresh, 0, kv.pos))
+        return Carried(kv, None, None)
 
     def _leave(self, after: Carried) -> None:
         if self._lanes is not None:

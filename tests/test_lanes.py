@@ -315,6 +315,21 @@ def test_keys_and_values_are_let_go_without_a_collection():
     assert alive == 0
 
 
+def test_keys_and_values_are_copied_only_where_a_row_starts_anew():
+    lm = small_lm()
+    carry_kv(lm)
+    lanes.attach_lanes(lm, 2)
+    layer, x = lm.transformer.layers[0], torch.zeros(2, 1, 32)
+    segment(lm, sequence_of(lm, codes_for(lm, 2, 30)), 0, 25)
+    held = layer._lanes.values[0]
+    assert layer._enter(x).kv is held
+    lanes.reset_lanes(lm, torch.tensor([False, True]))
+    entered = layer._enter(x).kv
+    assert torch.equal(entered.k[0], held.k[0])
+    assert (entered.k[1] == 0).all()
+    assert entered.pos.tolist() == [25, 0]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_lane_that_starts_anew_forgets_numbers_that_are_none(bad):
     lm = double()

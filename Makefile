@@ -6,7 +6,7 @@ NPROC ?= 1
 PY := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup finetune eval stream bench gpu-check check test slow coverage clean
+.PHONY: help setup finetune report eval stream bench gpu-check check test slow coverage clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -29,6 +29,13 @@ endif
 
 finetune: setup  ## train as CONFIG says (default configs/tiny.yaml), then measure; NPROC=8 GPUs, ARGS="--max_steps 100"
 	@$(TRAIN) $(CONFIG) $(ARGS)
+
+CHECKPOINT := checkpoints/checkpoint_000250
+report: setup  ## train the arms of the comparison that are missing (20 minutes), score them all, write runs/eval/tiny-250/report.html
+	@for arm in tiny tiny_lora tiny_writing_off tiny_memory_only; do \
+	  $(PY) -m finetune.train configs/$$arm.yaml || exit $$?; done
+	@$(PY) -m eval.librilight --checkpoint runs/tiny/$(CHECKPOINT) --baseline runs/tiny_lora/$(CHECKPOINT) \
+	  --baseline runs/tiny_writing_off/$(CHECKPOINT) --baseline runs/tiny_memory_only/$(CHECKPOINT) $(ARGS)
 
 eval: setup  ## score the newest checkpoint on the held-out recordings; ARGS="--data DIR"
 	@$(PY) -m eval.librilight $(ARGS)

@@ -1,4 +1,4 @@
-"""Where an evaluation's results go: JSON for machines, a table and a picture for people."""
+"""Where an evaluation's results go: JSON for machines; a report and pictures for people."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ import math
 import os
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
-from eval.plot import plot
-from eval.report import Results, as_markdown, render
+from eval.html import page
+from eval.plot import figures
+from eval.report import render
+from eval.tables import as_markdown
+from eval.verdict import Results
 from moshi_ttt.errors import UserError
 from moshi_ttt.files import written_whole
 
-RESULTS, TABLE, PICTURE = "results.json", "table.md", "nll_by_position.png"
+RESULTS, REPORT, PAGE = "results.json", "report.md", "report.html"
 
 
 def next_folder(given: str | None, default: Path) -> Path:
@@ -41,26 +46,49 @@ def next_folder(given: str | None, default: Path) -> Path:
     return out
 
 
-def write_results(results: Results, out: Path, title: str) -> list[Path]:
-    """Write results.json, table.md and nll_by_position.png; NaN is null in the JSON.
+def write_results(
+    results: Results, out: Path, title: str, more: Mapping[str, Figure] | None = None
+) -> list[Path]:
+    """Write the pictures (PNG and SVG), the report (HTML and Markdown), and, last, the JSON.
+
+    The HTML file needs no other: its pictures are inside.
 
     Args:
         results: of `eval.summary.summarise`, with whatever else is known.
         out: folder, made if missing.
-        title: of table and picture.
+        title: of report and pictures.
+        more: further pictures.
 
     Returns:
-        The files.
+        The files, pictures first.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with written_whole(out / PICTURE) as path:
-        plot(results, path, title)
-    with written_whole(out / TABLE) as path:
+    made = figures(results, title) | dict(more or {})
+    written = [path for name, figure in made.items() for path in save_figure(figure, out / name)]
+    pictures = {name: (out / f"{name}.svg").read_bytes() for name in made}
+    with written_whole(out / PAGE) as path:
+        path.write_text(page(results, title, pictures), encoding="utf-8")
+    with written_whole(out / REPORT) as path:
         path.write_text(f"# {title}\n\n{render(results, as_markdown)}\n", encoding="utf-8")
-    with written_whole(out / RESULTS) as path:
-        text = json.dumps(_plain(results), indent=1, allow_nan=False)
+    write_json(results, out / RESULTS)
+    return [*written, out / PAGE, out / REPORT, out / RESULTS]
+
+
+def save_figure(figure: Figure, stem: Path) -> list[Path]:
+    """Write `stem.png` and `stem.svg`; the folder is made if missing."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
+    for file in files:
+        with written_whole(file) as path:
+            figure.savefig(path, format=file.suffix[1:])
+    return files
+
+
+def write_json(values: Any, file: Path) -> None:
+    """Write plain values, whole or not at all; NaN is null."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(file) as path:
+        text = json.dumps(_plain(values), indent=1, allow_nan=False)
         path.write_text(text + "\n", encoding="utf-8")
-    return [out / name for name in (TABLE, PICTURE, RESULTS)]
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -2,50 +2,90 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from sentencepiece import SentencePieceProcessor
+from tqdm import tqdm
 
+from eval.arms import hashed
 from eval.scores import Item
 from finetune.corpora.librilight import find_books
+from finetune.corpora.listing import Group
 from finetune.data.codes import CodesCache
 from finetune.data.corpus import Corpus
 from finetune.data.interleaver import Interleaver
-from finetune.data.manifest import read_manifest
+from finetune.data.manifest import read_lines
 from finetune.data.recording import AudioFile, Recording, open_audio
 from moshi_ttt.errors import UserError
 
 SIDES = ("moshi", "user")
 
 
-def read_panel(data: str | Path) -> list[Recording]:
+@dataclass(frozen=True)
+class Failed:
+    """A recording that cannot be read.
+
+    Attributes:
+        name: of the recording.
+        reason: what is wrong, with file and line.
+    """
+
+    name: str
+    reason: str
+
+
+def read_panel(data: str | Path, failed: list[Failed] | None = None) -> list[Recording]:
     """Find the recordings of a manifest (jsonl, of codes too) or of a folder of Libri-Light.
 
     A folder has Libri-Light's layout, or is any part of it, down to one book; see
     `finetune.corpora.librilight.find_books`. In a manifest each line is one recording.
+
+    Args:
+        data: the manifest or the folder.
+        failed: what cannot be read is added here and left out; None raises at the first.
 
     Raises:
         UserError: no such path, nothing in it, an audio file that is broken, or a name twice.
     """
     path = Path(data).expanduser()
     if path.is_file():
-        recordings = read_manifest(path)
-        names = Counter(r.name for r in recordings)
-        for recording in recordings:
-            if names[recording.name] > 1:
-                raise UserError(f"{recording.where}: {recording.name} is in the manifest twice")
-        return recordings
-    if not path.is_dir():
+        lines = list(read_lines(path))
+        found = [(" + ".join(line.names), line.recording) for line in lines]
+    elif path.is_dir():
+
+        def broken(name: str, error: UserError) -> None:
+            assert failed is not None
+            failed.append(Failed(name, str(error)))
+
+        books = find_books(path, None if failed is None else broken)
+        found = [(book.name, partial(_open, book)) for book in books]
+    else:
         raise UserError(f"{path}: no such folder or manifest")
-    return [
-        replace(open_audio(book.files, str(book.files[0].parent), book.speaker), name=book.name)
-        for book in find_books(path)
-    ]
+    recordings: list[Recording] = []
+    for name, read in tqdm(found, desc="reading headers", unit="recording", delay=1):
+        try:
+            recordings.append(read())
+        except UserError as error:
+            if failed is None:
+                raise
+            failed.append(Failed(name, str(error)))
+    if not recordings:
+        reason = f"; the first: {failed[0].reason}" if failed else ""
+        raise UserError(f"{path}: no recording that can be read{reason}")
+    names = Counter(r.name for r in recordings)
+    for recording in recordings:
+        if names[recording.name] > 1:
+            raise UserError(f"{recording.where}: {recording.name} is there twice")
+    return recordings
+
+
+def _open(book: Group) -> Recording:
+    return replace(open_audio(book.files, str(book.files[0].parent), book.speaker), name=book.name)
 
 
 def choose(
@@ -69,10 +109,10 @@ def choose(
         longest = max(books, key=lambda b: b.duration)
         raise UserError(
             f"no recording is as long as {min_seconds:g} s; the longest of {len(books)} is "
-            f"{longest.name} with {longest.duration:.1f} s (--min-seconds takes shorter ones)"
+            f"{longest.name} with {longest.duration:.1f} s (--min-minutes takes shorter ones)"
         )
     by_speaker: dict[str, Recording] = {}
-    for book in sorted(long, key=lambda b: _hash(b.name)):
+    for book in sorted(long, key=lambda b: hashed(b.name)):
         by_speaker.setdefault(speaker_of(book), book)
     chosen = list(by_speaker.values())[:max_items]
     left = []
@@ -111,6 +151,7 @@ def make_items(
     tokenizer: SentencePieceProcessor,
     side: str = "moshi",
     workers: int = 1,
+    failed: list[Failed] | None = None,
 ) -> list[Item]:
     """Codes of the books, encoded where the cache lacks them.
 
@@ -124,14 +165,34 @@ def make_items(
         tokenizer: of the text row.
         side: the stream of the first channel.
         workers: processes that encode.
+        failed: what cannot be read is added here and left out; None raises at the first.
 
     Raises:
-        UserError: broken audio or transcript.
+        UserError: broken audio or transcript, or no recording is left.
     """
     if side not in SIDES or cache.mono_side != side:
         raise ValueError(f"side {side!r} is not one of {SIDES}, or not the cache's")
-    cache.prepare(books, workers)
-    return [_item(book, cache, Interleaver(tokenizer), side) for book in books]
+    lost: dict[str, str] = {}
+
+    def broken(book: Recording, error: UserError) -> None:
+        lost.setdefault(book.name, str(error))
+
+    cache.prepare(books, workers, None if failed is None else broken)
+    items: list[Item] = []
+    for book in books:
+        try:
+            if book.name not in lost:
+                items.append(_item(book, cache, Interleaver(tokenizer), side))
+        except UserError as error:
+            if failed is None:
+                raise
+            broken(book, error)
+    if failed is not None:
+        failed += [Failed(name, reason) for name, reason in lost.items()]
+    if not items:
+        reason = f"; the first: {next(iter(lost.values()))}" if lost else ""
+        raise UserError(f"none of {len(books)} recordings can be read{reason}")
+    return items
 
 
 def _item(book: Recording, cache: CodesCache, interleaver: Interleaver, side: str) -> Item:
@@ -144,7 +205,3 @@ def _item(book: Recording, cache: CodesCache, interleaver: Interleaver, side: st
         codes = torch.cat([text, user, moshi])
     known = whole.text_known and side == "moshi"
     return Item(book.name, speaker_of(book), codes, known)
-
-
-def _hash(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What an evaluation found, for people: tables, one sentence, and the picture."""
+"""What an evaluation found, for people: tables and sentences, whatever they are written in."""
 
 from __future__ import annotations
 
@@ -6,27 +6,23 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from eval.generalisation import generalisation_notes, generalisation_table
 from eval.stats import RANGES, SCALAR
+from eval.tables import FRAME_SECONDS, Rows
+from eval.verdict import HEADLINE, Results, findings, interval, judged, verdict
 
-FRAME_SECONDS = 0.08
-HEADLINE = "codebook0"
-FEWEST_SPEAKERS = 6
-"""With fewer, even speakers who all agree do so by chance in more than 5 % of cases (2 / 2^n)."""
-_SHORT = {"off": "writing off (proves nothing)"}
-
-Results = dict[str, Any]
-"""What `eval.summary.summarise` returns."""
+KIND_NAMES = {"codebook0": "codebook 0", "codebooks1_7": "codebooks 1-7", "text": "text"}
 
 
-def range_table(results: Results) -> list[list[str]]:
-    """Rows of cells: codebook 0 by position for each main arm, and the paired difference.
+def range_table(results: Results, kind: str = HEADLINE) -> Rows:
+    """NLL by position for each main arm, and the paired difference.
 
     The difference is of the memory that is kept to the one that is reset every window; of a model
     without memory, to its base.
     """
     arms = [a for a in ("base", "kept", "reset", "trained") if a in results["arms"]]
     difference = main_difference(results)
-    header = ["windows", "frames", *(arm_label(results, arm) for arm in arms)]
+    header = ["windows", "frames", *(results["arms"][arm]["label"] for arm in arms)]
     if difference is not None:
         header.append(f"{difference['arm']} - {difference['minus']} [95 %]")
     rows = [header]
@@ -36,31 +32,27 @@ def range_table(results: Results) -> list[list[str]]:
         window = results["window_frames"]
         last = "end" if end is None else str(end * window)
         row = [name, f"{start * window}-{last}"]
-        row += [_number(_estimate(results["arms"][arm], name)["mean"]) for arm in arms]
+        row += [_number(results["arms"][arm]["ranges"][kind][name]["mean"]) for arm in arms]
         if difference is not None:
-            row.append(_interval(_estimate(difference, name)))
+            row.append(_interval(difference["ranges"][kind][name]))
         rows.append(row)
     return rows
 
 
-def arm_table(results: Results) -> list[list[str]]:
-    """Rows of cells: every arm over 1x to 4x of the window, and what the first is better by."""
-    rows = [["arm", "codebook 0", "perplexity", "codebooks 1-7", "text", "kept - it [95 %]"]]
-    against = {d["minus"]: d for d in results["differences"]}
-    if results["differences"]:
-        rows[0][-1] = f"{results['differences'][0]['arm']} - it [95 %]"
+def arm_table(results: Results, kind: str = HEADLINE) -> Rows:
+    """Every arm over 1x to 4x of the window and beyond, and what the first is better by."""
+    first = next((d["arm"] for d in results["differences"]), "kept")
+    against = {d["minus"]: d for d in results["differences"] if d["arm"] == first}
+    rows = [["", "arm", SCALAR, "perplexity", f"{first} - it [95 %]", "4x-end", f"{first} - it"]]
     for name, arm in results["arms"].items():
-        mean = {k: arm["ranges"][k][SCALAR]["mean"] for k in arm["ranges"]}
-        rows.append(
-            [
-                arm_label(results, name),
-                _number(mean["codebook0"]),
-                f"{math.exp(mean['codebook0']):.2f}" if mean["codebook0"] < 700 else "-",
-                _number(mean["codebooks1_7"]),
-                _number(mean["text"]),
-                _interval(_estimate(against[name], SCALAR)) if name in against else "",
-            ]
-        )
+        scalar, beyond = (arm["ranges"][kind][span]["mean"] for span in (SCALAR, "4x-end"))
+        row = [f"({arm['letter']})" if arm["letter"] else "", arm["label"], _number(scalar)]
+        row.append(f"{math.exp(scalar):.2f}" if scalar < 700 else "-")  # exp overflows; NaN: no
+        ranges = against[name]["ranges"][kind] if name in against else None
+        row.append(_interval(ranges[SCALAR]) if ranges else "")
+        row.append(_number(beyond))
+        row.append(_interval(ranges["4x-end"]) if ranges else "")
+        rows.append(row)
     return rows
 
 
@@ -70,44 +62,17 @@ def main_difference(results: Results) -> dict[str, Any] | None:
     return found.get(("kept", "reset")) or next(iter(found.values()), None)
 
 
-def verdict(results: Results) -> str:
-    """One sentence that follows from the numbers, whoever wins."""
-    difference = main_difference(results)
-    if difference is None:
-        return "No verdict: there is nothing to compare with."
-    found = _estimate(difference, SCALAR)
-    names = {
-        "kept": "the memory that is kept",
-        "reset": "the one reset every window",
-        "base": "the stock base",
-        "trained": "the trained model",
-    }
-    one, other = (names.get(difference[k], difference[k]) for k in ("arm", "minus"))
-    if not math.isfinite(found["mean"]):
-        return f"No verdict: from 1x to 4x of the window, {found['reason']}."
-    speakers = len({item["speaker"] for item in results["items"]})
-    size = f"{abs(found['mean']):.4f} nats a frame"
-    interval = f"95 % interval {found['low']:+.4f} to {found['high']:+.4f}"
-    where = f"eyond the window (1x to 4x), over {found['n']} recordings"
-    if speakers < FEWEST_SPEAKERS or not math.isfinite(found["low"]):
-        return (
-            f"No verdict: b{where}, {one} differs by {found['mean']:+.4f} nats a frame from "
-            f"{other}, but {speakers} speakers are too few to judge by; it takes {FEWEST_SPEAKERS}."
-        )
-    if found["high"] < 0:
-        said = f"{one} predicts codebook 0 better than {other}, by {size} ({interval})"
-    elif found["low"] > 0:
-        said = f"{one} predicts codebook 0 WORSE than {other}, by {size} ({interval})"
-    else:
-        said = (
-            f"no difference is shown between {one} and {other}: {found['mean']:+.4f} nats a frame "
-            f"({interval})"
-        )
-    return f"B{where}, {said}."
+def kinds(results: Results) -> list[str]:
+    """The kinds of NLL that some arm has; the others are in `notes`."""
+    return [
+        kind
+        for kind in KIND_NAMES
+        if any(e["n"] for arm in results["arms"].values() for e in arm["ranges"][kind].values())
+    ]
 
 
 def notes(results: Results) -> list[str]:
-    """What is missing from the tables, and why; one line each."""
+    """What is missing from the tables, and why, or is not alike; one line each."""
     total = len(results["items"])
     spans: dict[tuple[str, str], dict[str, None]] = {}
     for arm in results["arms"].values():
@@ -115,47 +80,64 @@ def notes(results: Results) -> list[str]:
             for span, found in ranges.items():
                 reason = found["reason"]
                 if not reason and found["n"] < total:
-                    reason = f"{found['n']} of {total} recordings have it"
+                    reason = f"{arm['label']}: {found['n']} of {total} recordings have it"
                 if reason:
                     spans.setdefault((kind, reason), {})[span] = None
-    kinds: dict[tuple[str, str], list[str]] = {}
-    for (kind, reason), names in spans.items():
-        where = "" if len(names) == len(RANGES) else f" from {', '.join(names)}"
-        kinds.setdefault((where, reason), []).append(kind)
-    return [f"{', '.join(k)}{where}: {reason}" for (where, reason), k in kinds.items()]
+    names: dict[tuple[str, str], list[str]] = {}
+    for (kind, reason), found in spans.items():
+        where = "" if len(found) == len(RANGES) else f" from {', '.join(found)}"
+        names.setdefault((where, reason), []).append(kind)
+    lines = [f"{', '.join(k)}{where}: {reason}" for (where, reason), k in names.items()]
+    for arm in results["arms"].values():
+        lines += [f"{arm['label']}, {item}: {why}" for item, why in arm["broken"].items()]
+    lines += [f"{f['name']} was left out: {f['reason']}" for f in results.get("failed", [])]
+    return lines + results.get("unlike", [])
 
 
-def render(results: Results, table: Callable[[list[list[str]]], str]) -> str:
-    """The whole report: both tables, the verdict, what is missing, and how it was measured.
+def render(results: Results, table: Callable[[Rows], str]) -> str:
+    """The whole report: tables, the verdict, what is missing, and how it was measured.
 
     Args:
         results: of `eval.summary.summarise`.
         table: `as_text` or `as_markdown`.
     """
-    window, items = results["window_frames"], results["items"]
+    window = results["window_frames"]
     parts = [
         f"NLL of codebook 0 in nats by position; attention sees {window} frames "
         f"({window * FRAME_SECONDS:g} s), the window:",
         table(range_table(results)),
-        "Every arm from 1x to 4x of the window; NLL in nats, perplexity of codebook 0:",
-        table(arm_table(results)),
-        verdict(results),
     ]
+    for kind in kinds(results):
+        parts.append(f"Every arm from 1x to 4x of the window and beyond, {KIND_NAMES[kind]}:")
+        parts.append(table(arm_table(results, kind)))
+    parts += [verdict(results), *(f"- {line}" for line in conditions(results))]
+    if "length" in results:
+        parts.append("Length generalisation: perplexity of codebook 0 over so many segments:")
+        parts.append(table(generalisation_table(results["length"])))
+        parts += generalisation_notes(results["length"])
     if missing := notes(results):
-        parts.append("Not there: " + "; ".join(missing) + ".")
-    boot = results["bootstrap"]
-    speakers = len({item["speaker"] for item in items})
-    parts.append(
-        f"{len(items)} recordings of {speakers} speakers, means over recordings, 95 % intervals by "
-        f"bootstrap over {boot['over']} ({boot['resamples']} resamples, seed {boot['seed']}). "
-        + _measured(results)
-    )
+        parts.append("Not there, or not alike: " + "; ".join(missing) + ".")
+    parts.append(measured(results))
     return "\n\n".join(parts)
 
 
-def _measured(results: Results) -> str:
+def conditions(results: Results) -> list[str]:
+    """The findings behind the verdict, one line each; none where there is no memory to judge."""
+    if not judged(results):
+        return []
+    marks = {True: "holds", False: "does not hold", None: "open"}
+    return [f"{marks[f.holds]}: {f.text}" for f in findings(results)]
+
+
+def measured(results: Results) -> str:
+    """How it was measured: statistics, time of a frame, and what the memories did."""
+    items, boot = results["items"], results["bootstrap"]
+    speakers = len({item["speaker"] for item in items})
     lines = [
-        f"Calls of {results['frames_per_call']} frames took, in ms a frame of 80 ms (p50/p95/p99):"
+        f"{len(items)} recordings of {speakers} speakers, means over recordings, 95 % intervals by "
+        f"bootstrap over {boot['over']} ({boot['resamples']} resamples, seed {boot['seed']}).",
+        f"Calls of {results['frames_per_call']} frames, {results['rows']} recordings at a time, "
+        "took in ms a frame (of 80 ms; p50/p95/p99):",
     ]
     times = []
     for name, arm in results["arms"].items():
@@ -163,44 +145,16 @@ def _measured(results: Results) -> str:
         times.append(f"{name} {ms['p50']:.2f}/{ms['p95']:.2f}/{ms['p99']:.2f}")
     lines.append(", ".join(times) + ".")
     kept = results["arms"].get("kept")
-    if kept is not None:
+    if kept is not None and kept["state_norm"]:
         norms = [max(blocks.values()) for blocks in kept["state_norm"].values()]
         moved = [max(blocks.values()) for blocks in kept["state_moved"].values()]
         lines.append(
             f"Fast weights at the end, largest block: norm {min(norms):.3g} to {max(norms):.3g}, "
             f"distance from W0 {min(moved):.3g} to {max(moved):.3g}."
         )
+    broken = sum(len(arm["broken"]) for arm in results["arms"].values())
+    lines.append(f"Recordings with an NLL that is no number: {broken}.")
     return " ".join(lines)
-
-
-def as_text(rows: list[list[str]]) -> str:
-    """Columns aligned for a terminal."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
-
-
-def as_markdown(rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines.insert(1, "| --- |" + " ---: |" * (len(rows[0]) - 1))
-    return "\n".join(lines)
-
-
-def _estimate(part: dict[str, Any], name: str) -> dict[str, Any]:
-    return part["ranges"][HEADLINE][name]
-
-
-def arm_label(results: Results, arm: str) -> str:
-    """An arm's name in a table or legend."""
-    return _SHORT.get(arm) or str(results["arms"][arm]["label"])
 
 
 def _number(value: float) -> str:
@@ -208,8 +162,4 @@ def _number(value: float) -> str:
 
 
 def _interval(found: dict[str, Any]) -> str:
-    if not math.isfinite(found["mean"]):
-        return "-"
-    if not math.isfinite(found["low"]):
-        return f"{found['mean']:+.4f} [no interval]"
-    return f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+    return f"{found['mean']:+.4f} {interval(found)}" if math.isfinite(found["mean"]) else "-"

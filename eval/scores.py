@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from moshi.models.lm import LMModel
 from torch import Tensor
 
-from eval.perplexity import FRAMES_PER_CALL, Nll, score
+from eval.keep import Found, Keep
+from eval.perplexity import FRAMES_PER_CALL, Nll, Progress, score
 from eval.stats import Array
 
 KINDS = ("codebook0", "codebooks1_7", "text")
-Progress = Callable[[int], object]
-"""Called with the number of frames just scored."""
 
 
 @dataclass(frozen=True)
@@ -33,63 +34,123 @@ class Item:
     codes: Tensor
     text_known: bool = False
 
+    @property
+    def frames(self) -> int:
+        """Length in frames of 80 ms."""
+        return self.codes.shape[-1]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what is scored."""
+        digest = hashlib.sha256(f"{list(self.codes.shape)} {self.text_known}".encode())
+        digest.update(self.codes.long().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
 
 @dataclass
 class Scores:
-    """One arm's NLL of every item.
+    """One arm's scores, one a recording, in the order of the items.
 
     Attributes:
-        nll: kind -> one [T] array an item, in the order of the items; NaN where undefined.
-        ms_per_frame: of every call.
-        state_norm: item -> block -> norm of the fast weights at its end.
-        state_moved: item -> block -> norm of their distance from W0 at its end.
+        found: what was found of each.
+        missing: why recordings may have fewer scored frames than they have frames; empty if none.
+        kept: how many were not scored now, but had been kept.
     """
 
-    nll: dict[str, list[Array]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
-    ms_per_frame: list[float] = field(default_factory=list)
-    state_norm: dict[str, dict[str, float]] = field(default_factory=dict)
-    state_moved: dict[str, dict[str, float]] = field(default_factory=dict)
+    found: list[Found] = field(default_factory=list)
+    missing: str = ""
+    kept: int = 0
 
-    def add(self, item: Item, nll: Nll) -> None:
-        """Take in the scores of one item."""
-        values = nll.values[0].double().numpy()
-        text = values[0] if item.text_known else np.full_like(values[0], np.nan)
-        others = values[2:]
-        known = np.isfinite(others)
-        mean = np.where(known, others, 0.0).sum(0) / np.maximum(known.sum(0), 1)
-        self.nll["codebook0"].append(values[1])
-        self.nll["codebooks1_7"].append(np.where(known.any(0), mean, np.nan))
-        self.nll["text"].append(text)
-        self.ms_per_frame += nll.ms_per_frame
-        self.state_norm[item.name] = {k: v[-1] for k, v in nll.state_norm.items()}
-        self.state_moved[item.name] = {k: v[-1] for k, v in nll.state_moved.items()}
+    @property
+    def nll(self) -> dict[str, list[Array]]:
+        """Kind -> one array an item, [frames scored]; NaN where undefined."""
+        return {kind: [found.nll[kind] for found in self.found] for kind in KINDS}
+
+    @property
+    def ms_per_frame(self) -> list[float]:
+        """Of every call."""
+        return [ms for found in self.found for ms in found.ms_per_frame]
+
+    def refuse_broken(self, items: Sequence[Item]) -> None:
+        """See that every NLL that should be there is a finite number.
+
+        Raises:
+            FloatingPointError: naming the first recording and place where it is not.
+        """
+        for item, found in zip(items, self.found, strict=True):
+            if found.broken:
+                raise FloatingPointError(f"{item.name}: {found.broken}")
 
 
 def evaluate(
     lm: LMModel,
     items: Sequence[Item],
     *,
+    rows: int = 1,
     frames_per_call: int = FRAMES_PER_CALL,
     reset_every: int | None = None,
+    history: Sequence[Item] | None = None,
+    keep: Keep | None = None,
     progress: Progress | None = None,
 ) -> Scores:
     """Score every item in a fresh context of its own; the model is left as it was.
 
-    Raises:
-        FloatingPointError: an NLL is not finite; the message names the item.
+    Args:
+        lm: stock or spliced.
+        items: any.
+        rows: items at a time.
+        frames_per_call: frames of one call.
+        reset_every: see `eval.perplexity.score`.
+        history: one more item for each, likewise.
+        keep: where scores are kept as they come; what is there already is not scored again.
+        progress: called with numbers of frames.
     """
-    scores = Scores()
-    for item in items:
-        try:
-            nll = score(
-                lm,
-                item.codes[None].long(),
-                frames_per_call=frames_per_call,
-                reset_every=reset_every,
-            )
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{item.name}: {error}") from error
-        scores.add(item, nll)
-        if progress is not None:
-            progress(item.codes.shape[-1])
-    return scores
+    others = [None] * len(items) if history is None else [other.digest for other in history]
+    names = [f"{item.digest} {other}" for item, other in zip(items, others, strict=True)]
+    scored: dict[int, Found] = {}
+    for index, name in enumerate(names):
+        found = keep.get(name) if keep is not None else None
+        if found is not None:
+            scored[index] = found
+            if progress is not None:
+                progress(items[index].frames)
+    waiting = [index for index in range(len(items)) if index not in scored]
+
+    def done(place: int, nll: Nll) -> None:
+        index = waiting[place]
+        scored[index] = _found(nll, items[index].text_known)
+        if keep is not None:
+            keep.put(names[index], scored[index])
+
+    score(
+        lm,
+        [items[i].codes.long() for i in waiting],
+        rows=rows,
+        frames_per_call=frames_per_call,
+        reset_every=reset_every,
+        history=None if history is None else [history[i].codes.long() for i in waiting],
+        progress=progress,
+        done=done,
+    )
+    found = [scored[index] for index in range(len(items))]
+    return Scores(found, kept=len(items) - len(waiting))
+
+
+def _found(nll: Nll, text_known: bool) -> Found:
+    values = nll.values.double().numpy()
+    if nll.broken:
+        values = np.full_like(values, np.nan)
+    others = values[2:]
+    known = np.isfinite(others)
+    mean = np.where(known, others, 0.0).sum(0) / np.maximum(known.sum(0), 1)
+    return Found(
+        nll={
+            "codebook0": values[1],
+            "codebooks1_7": np.where(known.any(0), mean, np.nan),
+            "text": values[0] if text_known else np.full_like(values[0], np.nan),
+        },
+        ms_per_frame=nll.ms_per_frame,
+        state_norm={name: norms[-1] for name, norms in nll.state_norm.items()},
+        state_moved={name: norms[-1] for name, norms in nll.state_moved.items()},
+        broken=nll.broken,
+    )

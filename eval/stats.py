@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,8 @@ Array = NDArray[np.float64]
 
 RESAMPLES, SEED = 10_000, 0
 """Of the bootstrap over speakers."""
+BLOCK = 500
+"""Resamples that are drawn at a time."""
 RANGES: dict[str, tuple[int, int | None]] = {
     "0-1x": (0, 1),
     "1x-2x": (1, 2),
@@ -66,16 +69,17 @@ def range_frames(name: str, window: int, frames: int) -> tuple[int, int]:
     return start * window, frames if end is None else end * window
 
 
-def range_mean(nll: Array, name: str, window: int) -> float:
+def range_mean(nll: Array, name: str, window: int, frames: int | None = None) -> float:
     """Mean over the frames of a range; NaN if the recording does not reach its end.
 
     Args:
         nll: [T] nats, NaN where nothing is predicted.
         name: a key of `RANGES`.
         window: frames that attention sees.
+        frames: of the recording, if more than are scored; what was not scored has no mean.
     """
-    start, end = range_frames(name, window, len(nll))
-    return _mean(nll[start:end]) if start < end <= len(nll) else float("nan")
+    start, end = range_frames(name, window, frames or len(nll))
+    return mean_of(nll[start:end]) if start < end <= len(nll) else float("nan")
 
 
 def binned(nll: Sequence[Array], bin_frames: int) -> Array:
@@ -85,7 +89,7 @@ def binned(nll: Sequence[Array], bin_frames: int) -> Array:
     """
     bins = min(len(x) for x in nll) // bin_frames
     return np.array(
-        [[_mean(x[i * bin_frames : (i + 1) * bin_frames]) for i in range(bins)] for x in nll]
+        [[mean_of(x[i * bin_frames : (i + 1) * bin_frames]) for i in range(bins)] for x in nll]
     ).reshape(len(nll), bins)
 
 
@@ -110,9 +114,7 @@ def bootstrap(values: Array, speakers: Sequence[str]) -> tuple[Array, Array]:
     sums, counts = np.zeros((2, groups, values.shape[1]))
     np.add.at(sums, cluster, np.where(known, values, 0.0))
     np.add.at(counts, cluster, known)
-    drawn = _draws(groups)
-    n = drawn @ counts
-    means = np.where(n > 0, (drawn @ sums) / np.maximum(n, 1), np.nan)
+    means = np.concatenate([_means(drawn, sums, counts) for drawn in _draws(groups)])
     enough = (counts > 0).sum(0) >= 2
     low, high = np.full((2, values.shape[1]), np.nan)
     if enough.any():
@@ -121,11 +123,21 @@ def bootstrap(values: Array, speakers: Sequence[str]) -> tuple[Array, Array]:
     return low, high
 
 
+def _means(drawn: NDArray[Any], sums: Array, counts: Array) -> Array:
+    n = drawn @ counts
+    return np.where(n > 0, (drawn @ sums) / np.maximum(n, 1), np.nan)
+
+
 @lru_cache(maxsize=1)
-def _draws(groups: int) -> Array:
-    """[RESAMPLES, groups] how often each group is drawn; the same for every arm and range."""
+def _draws(groups: int) -> Sequence[NDArray[Any]]:
+    """How often each group is drawn, [RESAMPLES, groups] in blocks; the same for all that is drawn.
+
+    Of thousands of groups the counts are kept in one byte each: a float would take gigabytes.
+    """
     rng = np.random.default_rng(SEED)
-    return rng.multinomial(groups, np.full(groups, 1 / groups), size=RESAMPLES).astype(float)
+    chances = np.full(groups, 1 / groups)
+    blocks = [rng.multinomial(groups, chances, size=BLOCK) for _ in range(RESAMPLES // BLOCK)]
+    return [block.astype(np.float64 if groups <= 1000 else np.uint8) for block in blocks]
 
 
 def estimate(values: Array, speakers: Sequence[str], missing: str) -> Estimate:
@@ -150,10 +162,11 @@ def estimate(values: Array, speakers: Sequence[str], missing: str) -> Estimate:
 def curve(values: Array, speakers: Sequence[str]) -> dict[str, list[float]]:
     """Column means of [N, bins] with their intervals."""
     low, high = bootstrap(values, speakers)
-    mean = [_mean(column) for column in values.T]
+    mean = [mean_of(column) for column in values.T]
     return {"mean": mean, "low": low.tolist(), "high": high.tolist()}
 
 
-def _mean(values: Array) -> float:
+def mean_of(values: Array) -> float:
+    """Mean of what is finite; NaN if nothing is."""
     known = values[np.isfinite(values)]
     return float(known.mean()) if len(known) else float("nan")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.arms import KEPT, RESET, SHUFFLED, TRAINED, Arm
 from eval.perplexity import FRAMES_PER_CALL
 from eval.scores import KINDS, Item, Scores
 from eval.stats import (
@@ -24,31 +25,24 @@ from eval.stats import (
     range_mean,
 )
 
-LABELS = {
-    "base": "stock base",
-    "kept": "memory kept",
-    "reset": "memory reset every window",
-    "off": "writing off (proves nothing: a model trained with it misses it everywhere)",
-    "trained": "trained model (no memory)",
-}
-"""Arms that are known by name; any other is a baseline under its own name."""
-
 
 def summarise(
-    scores: dict[str, Scores],
+    scores: dict[Arm, Scores],
     items: Sequence[Item],
     window: int,
     *,
     training_frames: int | None = None,
     bin_frames: int | None = None,
     frames_per_call: int = FRAMES_PER_CALL,
+    rows: int = 1,
 ) -> dict[str, Any]:
     """Means by range and position for every arm, and paired differences, with 95 % intervals.
 
     Returns:
         Plain values (NaN where something cannot be computed, with a `reason` beside it):
-        `arms[name]` with `ranges[kind][range]`, `curve[kind]`, `recordings[item][kind][range]`;
-        `differences` of the memory that is kept to each other arm; `window_frames` and so on.
+        `arms[name]` with `ranges[kind][range]`, `curve[kind]`, `recordings[item][kind][range]`,
+        `broken[item]` (why an item has no scores there); `differences` of the memory that is kept
+        to each other arm, and of the shuffled history to the reset; `window_frames` and so on.
 
     Raises:
         ValueError: no items, or two of one name.
@@ -57,19 +51,21 @@ def summarise(
         raise ValueError(f"items must be there, and of different names: {[i.name for i in items]}")
     bin_frames = bin_frames or default_bin(window)
     speakers = [item.speaker for item in items]
-    lengths = [item.codes.shape[-1] for item in items]
-    tables = {arm: _by_range(s, window) for arm, s in scores.items()}
+    lengths = [item.frames for item in items]
+    tables = {arm.name: _by_range(s, window, lengths) for arm, s in scores.items()}
     bins = {
-        arm: {kind: binned(s.nll[kind], bin_frames) for kind in KINDS} for arm, s in scores.items()
+        arm.name: {kind: binned(s.nll[kind], bin_frames) for kind in KINDS}
+        for arm, s in scores.items()
     }
     missing = {name: _why_missing(name, window, max(lengths)) for name in RANGES}
     estimates = _Estimates(speakers, missing, any(item.text_known for item in items))
-    first = "kept" if "kept" in scores else "trained"
+    said = {arm.name: s.missing for arm, s in scores.items()}
     return {
         "window_frames": window,
         "training_frames": training_frames,
         "bin_frames": bin_frames,
         "frames_per_call": frames_per_call,
+        "rows": rows,
         "bootstrap": {"over": "speakers", "resamples": RESAMPLES, "seed": SEED},
         "scalar": {"kind": "codebook0", "range": SCALAR, "frames": [window, 4 * window]},
         "items": [
@@ -77,32 +73,54 @@ def summarise(
             for i, n in zip(items, lengths, strict=True)
         ],
         "arms": {
-            arm: {
-                "label": LABELS.get(arm, arm),
-                "ranges": estimates.of(tables[arm]),
-                "curve": {k: curve(bins[arm][k], speakers) for k in KINDS},
+            arm.name: {
+                "label": arm.label,
+                "letter": arm.letter,
+                "mode": arm.mode,
+                "checkpoint": str(arm.checkpoint) if arm.checkpoint else None,
+                "ranges": estimates.of(tables[arm.name], said[arm.name]),
+                "curve": {k: curve(bins[arm.name][k], speakers) for k in KINDS},
                 "recordings": {
-                    item.name: {k: {n: float(v[i]) for n, v in t.items()} for k, t in table.items()}
+                    item.name: {
+                        kind: {name: float(values[i]) for name, values in table.items()}
+                        for kind, table in tables[arm.name].items()
+                    }
                     for i, item in enumerate(items)
                 },
-                "nan_in_valid_places": 0,  # `score` raises at the first one
+                "broken": {
+                    item.name: found.broken
+                    for item, found in zip(items, s.found, strict=True)
+                    if found.broken
+                },
                 "ms_per_frame": _percentiles(s.ms_per_frame),
-                "state_norm": s.state_norm,
-                "state_moved": s.state_moved,
+                "state_norm": _by_item(items, [found.state_norm for found in s.found]),
+                "state_moved": _by_item(items, [found.state_moved for found in s.found]),
             }
-            for arm, s, table in ((a, scores[a], tables[a]) for a in scores)
+            for arm, s in scores.items()
         },
         "differences": [
             {
                 "arm": first,
                 "minus": other,
-                "ranges": estimates.of(_minus(tables[first], tables[other])),
-                "curve": {k: curve(bins[first][k] - bins[other][k], speakers) for k in KINDS},
+                "ranges": estimates.of(
+                    _minus(tables[first], tables[other]), said[first] or said[other]
+                ),
+                "curve": {
+                    k: curve(_curve_minus(bins[first][k], bins[other][k]), speakers) for k in KINDS
+                },
             }
-            for other in scores
-            if first in scores and other != first
+            for first, other in _pairs(list(tables))
         ],
     }
+
+
+def _pairs(names: list[str]) -> list[tuple[str, str]]:
+    """What is compared: the memory that is kept with all else; what a foreign history is worth."""
+    first = KEPT.name if KEPT.name in names else TRAINED.name
+    pairs = [(first, other) for other in names if first in names and other != first]
+    if SHUFFLED.name in names and RESET.name in names:
+        pairs.append((SHUFFLED.name, RESET.name))
+    return pairs
 
 
 Table = dict[str, dict[str, Array]]  # kind -> range -> [N]
@@ -114,33 +132,47 @@ class _Estimates:
     missing: dict[str, str]
     text_known: bool
 
-    def of(self, table: Table) -> dict[str, dict[str, Any]]:
+    def of(self, table: Table, missing: str) -> dict[str, dict[str, Any]]:
         return {
             kind: {
-                name: estimate(values, self.speakers, self._reason(kind, name)).to_dict()
+                name: estimate(values, self.speakers, self._reason(kind, name, missing)).to_dict()
                 for name, values in ranges.items()
             }
             for kind, ranges in table.items()
         }
 
-    def _reason(self, kind: str, name: str) -> str:
+    def _reason(self, kind: str, name: str, missing: str) -> str:
         if kind == "text" and not self.text_known:
             return "no transcript"
-        return self.missing[name] or f"no {kind} to predict there"
+        return self.missing[name] or missing or f"no {kind} to predict there"
 
 
-def _by_range(scores: Scores, window: int) -> Table:
+def _by_range(scores: Scores, window: int, lengths: list[int]) -> Table:
     return {
         kind: {
-            name: np.array([range_mean(nll, name, window) for nll in scores.nll[kind]])
+            name: np.array(
+                [
+                    range_mean(nll, name, window, frames)
+                    for nll, frames in zip(scores.nll[kind], lengths, strict=True)
+                ]
+            )
             for name in RANGES
         }
         for kind in KINDS
     }
 
 
+def _by_item(items: Sequence[Item], values: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    return {item.name: value for item, value in zip(items, values, strict=True) if value}
+
+
 def _minus(a: Table, b: Table) -> Table:
     return {kind: {name: a[kind][name] - b[kind][name] for name in a[kind]} for kind in a}
+
+
+def _curve_minus(a: Array, b: Array) -> Array:
+    bins = min(a.shape[1], b.shape[1])
+    return a[:, :bins] - b[:, :bins]
 
 
 def _why_missing(name: str, window: int, longest: int) -> str:

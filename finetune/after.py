@@ -17,12 +17,16 @@ from moshi.models.lm import LMModel
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
-from eval.arms import evaluate_arms
-from eval.output import memory_in_use, write_results
+from eval.arms import BASE, KEPT, RESET, TRAINED, Arm, score_arm
+from eval.generalisation import generalisation_metrics, generalise
+from eval.length_plot import generalisation_figure
+from eval.output import PAGE, memory_in_use, write_results
 from eval.panel import choose, make_items, read_panel
-from eval.report import FRAME_SECONDS, as_text, render
-from eval.scores import KINDS, Item, evaluate
+from eval.report import render
+from eval.scores import KINDS, Item, Scores, evaluate
 from eval.stats import SCALAR, Array
+from eval.summary import summarise
+from eval.tables import FRAME_SECONDS, as_text
 from finetune.args import TrainArgs
 from finetune.data.codes import CodesCache
 from finetune.data.corpus import segment_frames
@@ -95,6 +99,7 @@ class Evaluation:
             with _finite(f"step {step}, {name}"), whole(model):
                 frames = self.args.eval.frames_per_call
                 scores = evaluate(model.lm, mine, frames_per_call=frames)
+                scores.refuse_broken(mine)
             means = {f"nll_{kind}": _mean(scores.nll[kind], here) for kind in KINDS}
             metrics.log(name, step, means)
             if here.first:
@@ -102,10 +107,10 @@ class Evaluation:
                 tqdm.write(f"     step {step}, {name}: codebook 0 {nll:.4f} nats")
 
     def final(self, model: TeacherForced, run_dir: Path, metrics: Metrics, step: int) -> list[str]:
-        """Compare stock base, memory kept and memory reset every window; write it all.
+        """Compare stock base, memory kept and memory reset every window, by position and length.
 
         Returns:
-            Lines for a person: the tables, the verdict, and where the picture is.
+            Lines for a person: the tables, the verdict, and where the report is.
 
         Raises:
             UserError: an NLL is not finite.
@@ -121,23 +126,34 @@ class Evaluation:
     def _final(
         self, lm: LMModel, items: Sequence[Item], run_dir: Path, metrics: Metrics, step: int
     ) -> list[str]:
+        arms = [BASE, KEPT, RESET] if self.args.ttt is not None else [BASE, TRAINED]
         stock = load_base(self.base, device=lm.device, dtype=lm.dtype)
-        arms = 1 + (2 if self.args.ttt is not None else 1)
-        total = arms * sum(item.codes.shape[-1] for item in items)
+        window, per_call = window_of(self.base), self.args.eval.frames_per_call
+        scores: dict[Arm, Scores] = {}
+        total = len(arms) * sum(item.frames for item in items)
         bar = tqdm(total=total, desc="scoring", unit="frame", unit_scale=True)
         with bar, _finite("after training"):
-            results = evaluate_arms(
-                lm, stock, items, arms=("kept", "reset"),
-                training_frames=segment_frames(self.args.duration_sec),
-                frames_per_call=self.args.eval.frames_per_call, progress=bar.update,
-            )  # fmt: skip
-        files = write_results(results, run_dir / "eval", title=run_dir.name)
+            for arm in arms:
+                scores[arm] = score_arm(
+                    stock if arm is BASE else lm, arm, items, window,
+                    frames_per_call=per_call, progress=bar.update,
+                )  # fmt: skip
+                scores[arm].refuse_broken(items)
+        segment = segment_frames(self.args.duration_sec)
+        results = summarise(
+            scores, items, window, training_frames=segment, frames_per_call=per_call
+        )
+        length = results["length"] = generalise(scores, items, segment)
+        name = f"{run_dir.name}_length"
+        more = {name: generalisation_figure(length, run_dir.name, window)}
+        write_results(results, run_dir / "eval", title=run_dir.name, more=more)
         for arm, found in results["arms"].items():
             scalar = found["ranges"]["codebook0"][SCALAR]["mean"]
             metrics.log("final", step, {f"{arm}_nll_codebook0_{SCALAR}": scalar})
-        picture = next(f for f in files if f.suffix == ".png")
-        metrics.image("nll_by_position", picture, step)
-        return ["", render(results, as_text), "", "picture: " + str(picture)]
+        metrics.log("length", step, generalisation_metrics(length))
+        for picture in ("nll_by_position", name):
+            metrics.image(picture, run_dir / "eval" / f"{picture}.png", step)
+        return ["", render(results, as_text), "", f"report: {run_dir / 'eval' / PAGE}"]
 
 
 def panel_of(args: TrainArgs, base: Base) -> list[Recording]:

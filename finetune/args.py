@@ -168,13 +168,14 @@ class EvalArgs:
     Attributes:
         librilight_data: a folder in Libri-Light's layout or a manifest, scored when held-out data
             is, and after training.
-        eval_after_training: score base and trained model when training ends.
+        eval_after_training: score base and trained model when training ends, by position and at
+            20 lengths (0.5x to 10x the segment).
         max_items: at most that many recordings; null is all.
         frames_per_call: frames of one call of the streaming model.
     """
 
     librilight_data: str | None = None
-    eval_after_training: bool = False
+    eval_after_training: bool = True
     max_items: int | None = None
     frames_per_call: int = 50
 

@@ -160,16 +160,29 @@ def _file_hash(path: Path, mtime_ns: int, size: int) -> str:
 
 
 def load_base(
-    base: Base, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
+    base: Base,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    wider: int = 1,
 ) -> LMModel:
     """Load the stock LM through moshi's own loader.
+
+    Args:
+        base: which.
+        device: where to.
+        dtype: of its weights.
+        wider: factor on its attention window; anything but 1 is no longer the stock model.
 
     Raises:
         UserError: the base is quantised, or its weights do not fit its config.
     """
     refuse_quantised(base)
+    config = dict(base.lm_config)
+    if wider != 1:
+        config["context"] = config["context"] * wider
     try:
-        lm = get_moshi_lm(base.info.moshi_weights, dict(base.lm_config), device, dtype)
+        lm = get_moshi_lm(base.info.moshi_weights, config, device, dtype)
     except (RuntimeError, TypeError) as error:
         raise UserError(f"base {base.name}: {' '.join(str(error).split())[:300]}") from error
     return lm.eval()

@@ -162,29 +162,39 @@ class Loaded:
     about: dict[str, Any]
 
 
-def load(
-    checkpoint: str | Path,
-    *,
-    base: Base | str | Path | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    ttt: TTTConfig | None = None,
-    verify_base: bool = False,
-) -> Loaded:
-    """Load base + LoRA + memory from a checkpoint folder (or its `consolidated/`).
+@dataclass(frozen=True)
+class Described:
+    """A checkpoint that was found to fit its base; none of its weights are loaded.
+
+    Attributes:
+        folder: the one that holds the adapters.
+        base: its base.
+        ttt: the memory's configuration, None without one.
+        about: the content of ttt.json.
+        dtype: it was saved in.
+        weights: of the LM: the base's, or its own after full finetuning.
+    """
+
+    folder: Path
+    base: Base
+    ttt: TTTConfig | None
+    about: dict[str, Any]
+    dtype: torch.dtype
+    weights: Path
+
+
+def describe(
+    checkpoint: str | Path, *, base: Base | str | Path | None = None, verify_base: bool = False
+) -> Described:
+    """Find a checkpoint and its base, and see that they fit.
 
     Args:
-        checkpoint: folder written by `save_checkpoint`.
+        checkpoint: folder written by `save_checkpoint`, or its `consolidated/`.
         base: the base to use; default the one the checkpoint names.
-        device: where to.
-        dtype: compute dtype; default the one it was saved in, in which logits are those of the
-            saved model to the bit.
-        ttt: the configuration the caller counts on; anything else is refused.
         verify_base: hash the whole base, not only a fingerprint of it.
 
     Raises:
-        UserError: not a checkpoint, wrong base, another configuration (`chunk_size`, ...), a
-            quantised base, missing or extra keys; the message says which.
+        UserError: not a checkpoint, or a wrong base; the message says which.
     """
     folder = Path(checkpoint).expanduser()
     if (folder / "consolidated").is_dir():
@@ -198,7 +208,6 @@ def load(
         raise UserError(f"{folder / TTT_CONFIG_FILE} lacks {missing[0]!r}")
     if about["dtype"] not in _DTYPES:
         raise UserError(f"{folder / TTT_CONFIG_FILE}: dtype {about['dtype']!r} is not one of ours")
-    config = read_json(folder / CONFIG_FILE)
     base = base if isinstance(base, Base) else find_base(base or about["base"]["name"])
     weights = folder / FULL_FILE if about["full"] else base.info.moshi_weights
     _check_base(weights, about["base"], base, verify_base)
@@ -208,20 +217,50 @@ def load(
             saved = TTTConfig.from_dict(about["ttt"])
         except (ValueError, TypeError) as error:
             raise UserError(f"{folder / TTT_CONFIG_FILE}: {error}") from error
+    return Described(folder, base, saved, about, _DTYPES[about["dtype"]], weights)
+
+
+def load(
+    checkpoint: str | Path,
+    *,
+    base: Base | str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    ttt: TTTConfig | None = None,
+    verify_base: bool = False,
+) -> Loaded:
+    """Load base + LoRA + memory from a checkpoint folder (or its `consolidated/`).
+
+    Args:
+        checkpoint: see `describe`; `base` and `verify_base` too.
+        base: the base to use.
+        device: where to.
+        dtype: compute dtype; default the one it was saved in, in which logits are those of the
+            saved model to the bit.
+        ttt: the configuration the caller counts on; anything else is refused.
+        verify_base: hash the whole base.
+
+    Raises:
+        UserError: see `describe`; another configuration (`chunk_size`, ...), a quantised base,
+            missing or extra keys; the message says which.
+    """
+    found = describe(checkpoint, base=base, verify_base=verify_base)
+    folder, base, saved = found.folder, found.base, found.ttt
+    config = read_json(folder / CONFIG_FILE)
     if ttt is not None and ttt != saved:
         theirs = {} if saved is None else saved.to_dict()
         differ = [f"{k} {theirs.get(k)!r}, not {v!r}" for k, v in ttt.to_dict().items()
                   if theirs.get(k) != v]  # fmt: skip
         raise UserError(f"{folder} was trained with another memory: {'; '.join(differ)}")
-    compute: torch.dtype = dtype or _DTYPES[about["dtype"]]
+    compute: torch.dtype = dtype or found.dtype
     refuse_quantised(base)
-    lm = get_moshi_lm(weights, dict(base.lm_config), device, compute)
+    lm = get_moshi_lm(found.weights, dict(base.lm_config), device, compute)
     if config.get("lora"):
         load_lora(lm, folder / LORA_FILE, config["lora_rank"], config["lora_scaling"])
     if saved is not None:
         splice(lm, saved)
         _load_ttt(lm, folder / TTT_FILE, saved, device, compute)
-    return Loaded(lm.eval(), base, saved, about)
+    return Loaded(lm.eval(), base, saved, found.about)
 
 
 def _check_base(weights: Path, saved: dict[str, str], base: Base, verify: bool) -> None:

@@ -1,10 +1,10 @@
-"""Several frames per call through a streaming module of moshi, exactly."""
+"""moshi's key-value rings: several frames per call, exactly, and rows that start anew."""
 
 from __future__ import annotations
 
 from moshi.modules.streaming import StreamingModule
 from moshi.modules.transformer import RingKVCache, StreamingMultiheadAttention
-from torch import nn
+from torch import Tensor, nn
 
 
 def widen_kv_rings(module: nn.Module, steps_per_call: int) -> None:
@@ -43,3 +43,15 @@ def widen_kv_rings(module: nn.Module, steps_per_call: int) -> None:
             device=old.cache.device,
             dtype=old.cache.dtype,
         )
+
+
+def clear_kv_rows(module: nn.Module, mask: Tensor) -> None:
+    """Zero the keys and values of the rows of `mask` [B] under `module`, which is streaming.
+
+    moshi's reset leaves them, masked; but a masked value that is no number still spoils a sum.
+    """
+    for attention in module.modules():
+        if isinstance(attention, StreamingMultiheadAttention):
+            state = attention._streaming_state
+            if state is not None and state.kv_cache is not None:
+                state.kv_cache.cache.masked_fill_(mask.view(1, -1, 1, 1, 1), 0)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from moshi_ttt.block import HybridSeqModelingBlock
-from moshi_ttt.lanes import attach_lanes, detach_lanes, put_lanes, take_lanes
+from moshi_ttt.lanes import attach_lanes, detach_lanes, named_tensors, put_lanes, take_lanes
 
 TTTStates = dict[str, Any]
 """Block name -> that block's saved state (see `HybridSeqModelingBlock.save_ttt_states`)."""
@@ -69,6 +69,25 @@ def reset_ttt_states(model: nn.Module, mask: Tensor | None = None) -> None:
     """Put rows (`mask` [B], default all) back to W0."""
     for block in ttt_blocks(model).values():
         block.reset_ttt_states(mask)
+
+
+def copy_ttt_rows(model: nn.Module, sources: Sequence[int], targets: Sequence[int]) -> None:
+    """Give rows of a stream the memories of other rows of it; attention is untouched.
+
+    Args:
+        model: streaming.
+        sources: rows to copy from.
+        targets: rows to copy to, one for each source.
+
+    Raises:
+        ValueError: the model is not streaming.
+    """
+    for name, block in ttt_blocks(model).items():
+        streaming = block._streaming_state
+        if streaming is None:
+            raise ValueError(f"{name} is not streaming: it has no rows to copy")
+        for _, tensor in named_tensors(streaming.memory):
+            tensor[list(targets)] = tensor[list(sources)]
 
 
 def attach_ttt_states(model: nn.Module, batch_size: int, slots: int = 1) -> None:

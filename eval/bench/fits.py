@@ -20,7 +20,7 @@ from moshi.models.lm import LMModel
 from tqdm import tqdm
 
 from eval.bench.gpu_train import largest_batch
-from eval.bench.ops_table import provenance
+from eval.provenance import provenance
 from finetune.args import DataArgs, LoraArgs, TrainArgs
 from finetune.load_args import load_args
 from finetune.memory_use import Need, need_of, planned

@@ -34,7 +34,8 @@ from torch import Tensor
 import moshi_ttt.memory.base
 from eval.bench.baselines import plain_scan
 from eval.bench.dense import DenseOp, Published, PublishedState
-from eval.bench.ops_table import TARGETS, provenance, table
+from eval.bench.ops_table import TARGETS, table
+from eval.provenance import provenance
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.memory import MEMORIES, Memory, build_memory
 
@@ -244,7 +245,7 @@ def main() -> int:
                 sys.stderr.write(f"{error}\n")
                 return 1
             sys.stderr.write(f"{family}, chunks of {chunk_size}: done\n")
-    about = provenance()
+    about = provenance("eval.bench.ops")
     sys.stdout.write(table(rows))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "ops.json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")

@@ -1,17 +1,8 @@
-"""The benchmark of the ops as a table with its targets, and where a benchmark was made."""
+"""The benchmark of the ops as a table with its targets."""
 
 from __future__ import annotations
 
-import datetime
-import platform
-import shlex
-import subprocess
-import sys
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
-
-import torch
 
 TARGETS = {"saved_mib": 30.0, "train_ratio": 1.0, "frame_ratio": 0.5, "kernels_ratio": 0.5}
 """Largest allowed: MiB saved; time of forward and backward over that of plain autograd; time of a
@@ -65,36 +56,3 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         lines.append(f"| {r['memory']} | {r['chunk_size']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def provenance(
-    module: str = "eval.bench.ops", device: torch.device | None = None
-) -> dict[str, str]:
-    """Commit, machine, versions, command and date.
-
-    Args:
-        module: that was run, e.g. `"eval.bench.ops"`.
-        device: a GPU, if it was measured.
-    """
-
-    def git(*args: str) -> str:
-        done = subprocess.run(
-            ["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-        )
-        return done.stdout.strip()
-
-    code = ("../../moshi_ttt", "../../finetune", "..", ":(exclude)results")
-    dirty = " with changes" if git("status", "--porcelain", "--", *code) else ""
-    cpu = platform.processor() or platform.machine()
-    machine = f"{cpu}, {torch.backends.cpu.get_cpu_capability()}, 1 thread"
-    if device is not None and device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        machine = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
-    return {
-        "commit": (git("rev-parse", "HEAD") or "unknown") + dirty,
-        "machine": machine,
-        "versions": f"python {platform.python_version()}, torch {torch.__version__}, "
-        f"moshi {version('moshi')}",
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }

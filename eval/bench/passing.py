@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.bench.ops_table import provenance
+from eval.provenance import provenance
 from eval.stats import estimate
 from moshi_ttt.errors import Parser, UserError, run_cli
 

@@ -35,8 +35,8 @@ from tqdm import tqdm
 from eval.bench.gpu_model import MOSHI_7B, Shape, add_memory, build, clean, synchronise
 from eval.bench.gpu_train import out_of_memory
 from eval.bench.live_bytes import LiveBytes
-from eval.bench.ops_table import provenance
 from eval.bench.segment_table import holds, judge, page
+from eval.provenance import provenance
 from finetune.activations import Pass, activations
 from finetune.args import DataArgs, LoraArgs, TrainArgs
 from finetune.loss import LossWeights, TeacherForced, loss_sums

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from finetune.corpora.listing import Group, natural, write_manifest
@@ -29,20 +30,36 @@ def prepare(root: str | Path, out: str | Path, *, skip_broken: bool = False) -> 
     return write_manifest(find_books(root), out, skip_broken=skip_broken)
 
 
-def find_books(root: Path) -> list[Group]:
+def find_books(root: Path, broken: Callable[[str, UserError], object] | None = None) -> list[Group]:
     """The books under a folder in Libri-Light's layout, or under any part of it, down to one book.
 
     A book's chapters, in natural order (2 before 10), are one recording. The speaker is that of the
     json of the same stem, else the folder above the book's.
 
+    Args:
+        root: where to look.
+        broken: called with the name of every book with a json that is none, and why; None raises
+            at the first.
+
     Raises:
         UserError: no flac file there, or a json that is none.
     """
     found: dict[tuple[str, str], list[Path]] = {}
+    lost: set[Path] = set()
     for flac in root.resolve().rglob("*.flac"):
-        speaker = read_speaker(flac) or flac.parent.parent.name
+        if flac.parent in lost:
+            continue
+        try:
+            speaker = read_speaker(flac) or flac.parent.parent.name
+        except UserError as error:
+            if broken is None:
+                raise
+            lost.add(flac.parent)
+            broken(f"{flac.parent.parent.name}/{flac.parent.name}", error)
+            continue
         found.setdefault((speaker, flac.parent.name), []).append(flac)
-    if not found:
+    found = {key: flacs for key, flacs in found.items() if flacs[0].parent not in lost}
+    if not found and not lost:
         raise UserError(f"{root}: no .flac file under it (<speaker>/<book>/<stem>.flac is wanted)")
     return [
         Group(f"{speaker}/{book}", tuple(sorted(flacs, key=lambda f: natural(f.stem))), speaker)

@@ -25,7 +25,7 @@ from finetune.data.encoding import (
 )
 from finetune.data.recording import AudioFile, Recording
 from finetune.data.stored import SILENCE
-from finetune.data.stored_checks import verify_codes
+from finetune.data.stored_checks import Broken, verify_codes
 from moshi_ttt.codec import encode_recording
 from moshi_ttt.errors import UserError, no_space_left
 
@@ -106,7 +106,9 @@ class CodesCache:
             self._files[audio] = self.folder / name
         return self._files[audio]
 
-    def prepare(self, recordings: Sequence[Recording], workers: int = 1) -> int:
+    def prepare(
+        self, recordings: Sequence[Recording], workers: int = 1, broken: Broken | None = None
+    ) -> int:
         """Encode what is not there yet; a broken file is made again, and that is said.
 
         Stored codes are read once and compared with their SHA-1.
@@ -114,6 +116,8 @@ class CodesCache:
         Args:
             recordings: any; each different audio file is encoded once.
             workers: processes, each with one thread and its own codec.
+            broken: called with every recording that cannot be read, and why; the others are
+                prepared. None raises at the first.
 
         Returns:
             How many files were encoded.
@@ -124,13 +128,16 @@ class CodesCache:
                 codec, or whose mono side is another.
             ValueError: several workers and no `load_mimi`; audio and no codec.
         """
-        verify_codes(recordings, self.fingerprint, self.mono_side)
+        verify_codes(recordings, self.fingerprint, self.mono_side, broken)
         missing: dict[Path, Job] = {}
+        readers: dict[Path, list[Recording]] = {}
         for recording in recordings:
             for audio in recording.files:
                 file = self.file(audio.path)
+                readers.setdefault(file, []).append(recording)
                 if file not in missing and _read_frames(file) is None:
                     missing[file] = Job(file, (audio,), recording.where)
+        lost: set[Path] = set()
         if missing:
             assert self.mimi is not None
             jobs = list(missing.values())
@@ -140,11 +147,15 @@ class CodesCache:
             with tqdm(total=total, desc="encoding", bar_format=bar) as progress:
                 for job, error in encode_jobs(jobs, self.mimi, self.load_mimi, workers):
                     if error is not None:
-                        raise error
+                        if broken is None:
+                            raise error
+                        lost.add(job.target)
+                        for recording in readers[job.target]:
+                            broken(recording, error)
                     progress.update(job.seconds / 60)
         mono = [file for r in recordings if r.channels == 1 for file in r.files]
-        self._prepare_silence(mono)
-        return len(missing)
+        self._prepare_silence([file for file in mono if self.file(file.path) not in lost])
+        return len(missing) - len(lost)
 
     def _silence_file(self) -> Path:
         return self.folder / f"silence-{str(self.fingerprint)[:12]}.safetensors"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -15,6 +15,9 @@ from finetune.data.manifest import Source
 from finetune.data.recording import Recording
 from finetune.data.stored import SILENCE, StoredCodes, digest_of
 from moshi_ttt.errors import UserError
+
+Broken = Callable[[Recording, UserError], object]
+"""Called with a recording that cannot be read, and why."""
 
 
 def needs_codec(sources: Sequence[Source], codec_file: str) -> bool:
@@ -68,13 +71,20 @@ def _other_codec(recording: Recording, codec: str, others: str, theirs: str) -> 
     )
 
 
-def verify_codes(recordings: Sequence[Recording], codec: str | None, mono_side: str) -> None:
+def verify_codes(
+    recordings: Sequence[Recording],
+    codec: str | None,
+    mono_side: str,
+    broken: Broken | None = None,
+) -> None:
     """Read all stored codes and compare them with their index; what is audio is left alone.
 
     Args:
         recordings: any.
         codec: fingerprint of the run's Mimi, None if it has none.
         mono_side: whose voice the run takes mono recordings for.
+        broken: called with every recording whose codes are broken, and why; None raises at the
+            first.
 
     Raises:
         UserError: codes that are broken, of another codec, or mono with another side.
@@ -91,12 +101,17 @@ def verify_codes(recordings: Sequence[Recording], codec: str | None, mono_side: 
     with tqdm(total=len(stored), desc="checking codes", leave=False, delay=1) as progress:
         for shard, group in groupby(stored, lambda pair: pair[1].shard):
             pairs = list(group)
-            _verify_shard(shard, pairs)
+            for recording, error in _broken_in(shard, pairs):
+                if broken is None:
+                    raise error
+                broken(recording, error)
             progress.update(len(pairs))
 
 
-def _verify_shard(shard: Path, stored: Sequence[tuple[Recording, StoredCodes]]) -> None:
-    recording = stored[0][0]
+def _broken_in(
+    shard: Path, stored: Sequence[tuple[Recording, StoredCodes]]
+) -> Iterator[tuple[Recording, UserError]]:
+    left = list(stored)
     try:
         with safe_open(shard, "pt") as file:
             silence = 0  # frames of it that are right
@@ -105,9 +120,20 @@ def _verify_shard(shard: Path, stored: Sequence[tuple[Recording, StoredCodes]]) 
                 if (file.metadata() or {}).get(SILENCE) == digest_of(quiet):
                     silence = quiet.shape[-1]
             for recording, codes in stored:
-                _verify(recording, codes, file.get_tensor(codes.key), silence)
+                try:
+                    _verify(recording, codes, file.get_tensor(codes.key), silence)
+                except UserError as error:
+                    yield recording, error
+                except SafetensorError as error:
+                    yield recording, _no_codes(recording, shard, error)
+                left.pop(0)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{recording.where}: {shard}: no such codes there: {error}") from error
+        for recording, _ in left:
+            yield recording, _no_codes(recording, shard, error)
+
+
+def _no_codes(recording: Recording, shard: Path, error: Exception) -> UserError:
+    return UserError(f"{recording.where}: {shard}: no such codes there: {error}")
 
 
 def _verify(recording: Recording, codes: StoredCodes, found: Tensor, silence: int) -> None:

@@ -44,7 +44,7 @@ class CorpusSpec:
     dialogue_share: float = 0.25
     train_seconds: tuple[int, int] = (120, 160)
     heldout_readings: int = 24
-    heldout_seconds: int = 176
+    heldout_seconds: int = 240
     eval_readings: int = 4
     eval_dialogues: int = 4
     eval_seconds: int = 120

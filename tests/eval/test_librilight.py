@@ -11,8 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from eval.keep import Keep
 from eval.librilight import main
+from finetune.corpora import librilight
+from finetune.encode import main as encode
 from moshi_ttt.base import find_base, load_base
 from moshi_ttt.checkpoint import load, save_checkpoint
 from moshi_ttt.config import TTTConfig
@@ -25,6 +30,7 @@ from tests.small import randomise_memories
 
 WINDOW = 5
 ROOT = Path(__file__).parents[2]
+A, LORA = (f"runs/{name}/checkpoints/checkpoint_000010" for name in ("a", "lora"))
 
 
 def save(place, base, seed=0, *, memory=True):
@@ -65,17 +71,31 @@ def run(*options):
 
 
 def test_end_to_end(work, capsys):
-    run("--baseline", "runs/a/checkpoints/checkpoint_000010", "--frames-per-call", "7")
+    run("--baseline", f"{A},{LORA}", "--frames-per-call", "7")
     said = capsys.readouterr().out
     assert "runs/b/checkpoints/checkpoint_000020/consolidated, the newest under runs/" in said
     assert "7 recordings, 182 frames" in said
     assert "kept - reset [95 %]" in said
-    out = work / "runs/eval/b-checkpoint_000020"
-    assert "runs/eval/b-checkpoint_000020/results.json" in said
+    out = work / "runs/eval/b-20"
+    assert "runs/eval/b-20/results.json" in said
+    assert "codes: 0 of 8 audio files are in data/codes already" in said
     assert (out / "nll_by_position.png").stat().st_size > 10_000
-    assert "memory reset every window" in (out / "table.md").read_text()
+    assert "memory reset every window" in (out / "report.md").read_text()
     results = json.loads((out / "results.json").read_text())
-    assert list(results["arms"]) == ["base", "kept", "reset", "off", "a-checkpoint_000010"]
+    assert list(results["arms"]) == [
+        "base", "wide", "a-10", "lora-10", "kept", "reset", "shuffled", "off",
+    ]  # fmt: skip
+    letters = [arm["letter"] for arm in results["arms"].values()]
+    assert letters == ["a", "g", "", "b", "c", "e", "f", "h"]
+    wide = results["arms"]["wide"]["recordings"]["0/book"]["codebook0"]
+    base = results["arms"]["base"]["recordings"]["0/book"]["codebook0"]
+    assert wide["0-1x"] == pytest.approx(base["0-1x"], abs=1e-5)
+    assert abs(wide["1x-4x"] - base["1x-4x"]) > 1e-4
+    assert results["trainings"]["kept"]["step"] is None
+    assert results["trainings"]["base"] is None
+    assert results["facts"]["the recordings are"] == "Moshi's side"
+    assert [s["frames"] for s in results["length"]["lengths"]][-1] == 25
+    assert results["length"]["skipped"][0]["reason"].endswith("it takes 6")
     assert (results["window_frames"], results["training_frames"]) == (WINDOW, 12)
     assert sorted(item["frames"] for item in results["items"]) == [25] * 6 + [32]
     assert results["arms"]["kept"]["ranges"]["codebook0"]["1x-4x"]["n"] == 7
@@ -87,21 +107,23 @@ def test_end_to_end(work, capsys):
     assert results["side"] == "moshi"
     before = json.dumps(results["arms"]["kept"]["recordings"])
 
-    run("--max-items", "2", "--max-seconds", "1.7")
-    fewer = json.loads((work / "runs/eval/b-checkpoint_000020-2/results.json").read_text())
+    run("--max-items", "2", "--max-minutes", str(1.7 / 60), "--rows", "2")
+    fewer = json.loads((work / "runs/eval/b-20-2/results.json").read_text())
     assert [i["frames"] for i in fewer["items"]] == [22, 22]
     for name, found in fewer["arms"]["kept"]["recordings"].items():
         wanted = json.loads(before)[name]["codebook0"]["1x-4x"]
         assert found["codebook0"]["1x-4x"] == pytest.approx(wanted, abs=1e-5)
-    assert "2 of 7 speakers taken (--max-items)." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 of 7 speakers taken (--max-items)." in said
+    assert re.search(r"codes: (\d) of \1 audio files are in data/codes already", said)
 
 
 def test_a_checkpoint_without_memory_against_its_base(work, capsys, tmp_path):
     run("--checkpoint", "runs/lora/checkpoints/checkpoint_000010", "--out", str(tmp_path / "o"))
     results = json.loads((tmp_path / "o/results.json").read_text())
-    assert list(results["arms"]) == ["base", "trained"]
+    assert list(results["arms"]) == ["base", "wide", "trained"]
     assert results["differences"][0]["ranges"]["codebook0"]["1x-4x"]["mean"] == 0.0  # lora_B is 0
-    assert "no difference is shown between the trained model and the stock base" in (
+    assert "no difference is shown between trained model (no memory) and stock base" in (
         capsys.readouterr().out
     )
 
@@ -126,10 +148,14 @@ def test_a_manifest_and_the_users_side(work, tmp_path):
         (["--checkpoint", "elsewhere", "--base", "base"], "not the one this checkpoint was"),
         (["--baseline", "elsewhere"], "--baseline elsewhere belongs to another base"),
         (["--baseline", "speech"], "--baseline speech is not a checkpoint"),
-        (["--baseline", "runs/a,runs/a"], "names must differ"),
-        (["--min-seconds", "60"], "no recording is as long as 60 s; the longest of 7 is 0/book"),
+        (["--baseline", f"{A},{A}"], "names must differ"),
+        (["--min-minutes", "1"], "no recording is as long as 60 s; the longest of 7 is 0/book"),
         (["--max-items", "0"], "argument --max-items: must be at least 1, got 0"),
-        (["--max-seconds", "nan"], "argument --max-seconds: must be positive, got nan"),
+        (["--max-minutes", "nan"], "argument --max-minutes: must be positive, got nan"),
+        (
+            ["--arms", "kept,lora"],
+            r"--arms kept,lora: no arm \['lora'\]; there are base, wide, kept",
+        ),
         (["--side", "left"], "argument --side: invalid choice: 'left'"),
         (["--wrong"], "unrecognized arguments: --wrong"),
         (["--device", "tpu"], "device"),
@@ -148,16 +174,97 @@ def test_bad_input_is_one_line_and_status_2(work, capsys, options, line):
     assert sorted(p for p in work.rglob("*") if "codes" not in p.parts) == before
 
 
-def test_broken_audio_writes_nothing(work, capsys, tmp_path):
-    shutil.copytree(work / "speech", tmp_path / "speech")
-    broken = tmp_path / "speech/small/3/book/part_1.flac"
-    broken.write_bytes(broken.read_bytes()[:5000])
+def copy_speech(work, folder):
+    shutil.copytree(work / "speech", folder / "speech")
+    return folder / "speech/small"
+
+
+def test_what_cannot_be_read_is_named_counted_and_left_out(work, capsys, tmp_path):
+    small = copy_speech(work, tmp_path)
+    header, samples, beside = (small / f"{i}/book/part_1.flac" for i in (1, 3, 5))
+    header.write_bytes(b"no flac at all")
+    samples.write_bytes(samples.read_bytes()[:5000])  # the header is whole
+    beside.with_suffix(".json").write_text("{")
+    options = ["--data", str(tmp_path / "speech"), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(lambda: run(*options, "--arms", "base,kept"))
+    assert stopped.value.code == 1
+    said = capsys.readouterr().out
+    assert "3 recordings could not be read" in said
+    for name in ("1/book", "3/book", "5/book"):
+        assert re.search(f"{name} cannot be read: .*part_1", said), name
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert sorted(i["name"] for i in results["items"]) == ["0/book", "2/book", "4/book", "6/book"]
+    assert sorted(f["name"] for f in results["failed"]) == ["1/book", "3/book", "5/book"]
+    assert "3/book was left out: " in (tmp_path / "out/report.md").read_text()
+
+
+def test_nothing_that_can_be_read_writes_nothing(work, capsys, tmp_path):
+    small = copy_speech(work, tmp_path)
+    for flac in small.rglob("*.flac"):
+        flac.write_bytes(flac.read_bytes()[:4000])
     options = ["--data", str(tmp_path / "speech"), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stopped:
         run_cli(lambda: run(*options))
     assert stopped.value.code == 2
-    assert "part_1.flac" in capsys.readouterr().err.splitlines()[-1]
+    assert "none of 7 recordings can be read; the first: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_stored_codes_are_scored_and_a_broken_one_is_left_out(work, capsys, tmp_path):
+    manifest = tmp_path / "ll.jsonl"
+    librilight.prepare("speech", manifest)
+    encode([str(manifest), str(tmp_path / "codes"), "--base", "base", "--workers", "1"])
+    shard = next((tmp_path / "codes").glob("*.safetensors"))
+    run("--out", str(tmp_path / "audio"), "--arms", "kept")
+    data = ["--data", str(tmp_path / "codes/codes.jsonl"), "--arms", "kept"]
+    main([*data, "--out", str(tmp_path / "stored"), "--device", "cpu"])
+    assert "codes: 7 of 7 recordings were encoded earlier" in capsys.readouterr().out
+    audio, stored = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("audio", "stored")
+    )
+    wanted = sorted(r["codebook0"]["1x-4x"] for r in audio["arms"]["kept"]["recordings"].values())
+    found = sorted(r["codebook0"]["1x-4x"] for r in stored["arms"]["kept"]["recordings"].values())
+    assert found == pytest.approx(wanted, abs=1e-6)
+    with safe_open(shard, "pt") as file:
+        tensors, about = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()
+    key = next(k for k in tensors if k != "silence")
+    tensors[key][0, 0, 3] ^= 1
+    save_file(tensors, shard, about)
+    with pytest.raises(SystemExit) as stopped:
+        main([*data, "--out", str(tmp_path / "broken"), "--device", "cpu"])
+    assert stopped.value.code == 1
+    results = json.loads((tmp_path / "broken/results.json").read_text())
+    assert len(results["items"]) == 6
+    assert "is not what was written" in results["failed"][0]["reason"]
+
+
+def test_it_goes_on_where_it_was(work, capsys, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    put, calls = Keep.put, []
+
+    def dies(self, name, found):
+        put(self, name, found)
+        calls.append(name)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Keep, "put", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run("--out", str(out))
+    assert not (out / "results.json").exists()
+    capsys.readouterr()
+    run("--out", str(out))
+    assert f"10 of 42 scores were in {out}/nll already" in capsys.readouterr().out
+    run("--out", str(tmp_path / "whole"))
+    one, other = (
+        json.loads((folder / "results.json").read_text()) for folder in (out, tmp_path / "whole")
+    )
+    for name, arm in one["arms"].items():
+        assert arm["recordings"] == other["arms"][name]["recordings"]
+        assert arm["curve"] == other["arms"][name]["curve"]
+    assert one["differences"] == other["differences"]
 
 
 def test_no_checkpoint_at_all(tmp_path, monkeypatch, capsys):
@@ -173,11 +280,16 @@ def test_a_model_that_is_broken(work, capsys, tmp_path):
         for layer in loaded.lm.transformer.layers:
             layer.seq_modeling_block.gate.fill_(float("nan"))
     save_checkpoint(loaded.lm, tmp_path / "broken", loaded.base)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         run_cli(lambda: run("--checkpoint", str(tmp_path / "broken"), "--out", str(tmp_path / "o")))
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: the model's output is broken: ")
-    assert not (tmp_path / "o").exists()
+    assert stopped.value.code == 1
+    said = capsys.readouterr().out
+    assert "28 scores are no number" in said
+    assert "memory kept, 3/book: the NLL of codebook" in said
+    assert "No verdict: from 1x to 4x of the window" in said
+    results = json.loads((tmp_path / "o/results.json").read_text())
+    assert results["arms"]["kept"]["ranges"]["codebook0"]["1x-4x"]["mean"] is None
+    assert results["arms"]["base"]["ranges"]["codebook0"]["1x-4x"]["n"] == 7
 
 
 @pytest.mark.slow
@@ -185,7 +297,15 @@ def test_the_command_on_real_speech(work, tmp_path):
     speech = ROOT / "../shared/speech/librilight"
     if not speech.is_dir():
         pytest.skip("no real speech: ../shared/speech is absent")
-    command = [sys.executable, "-m", "eval.librilight", "--data", str(speech), "--min-seconds", "5"]
+    command = [
+        sys.executable,
+        "-m",
+        "eval.librilight",
+        "--data",
+        str(speech),
+        "--min-minutes",
+        "0.1",
+    ]
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "o")],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

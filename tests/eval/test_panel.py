@@ -1,4 +1,6 @@
 import json
+import os
+import re
 
 import numpy as np
 import pytest
@@ -90,8 +92,31 @@ def test_a_manifest_is_read_line_by_line(tmp_path):
     a, b = read_panel(manifest)
     assert (speaker_of(a), speaker_of(b)) == ("7", str(tmp_path / "b.wav"))
     manifest.write_text("\n".join([lines[0], lines[0]]))
-    with pytest.raises(UserError, match=r"m\.jsonl:1: .*a\.wav is in the manifest twice"):
+    with pytest.raises(UserError, match=r"m\.jsonl:1: .*a\.wav is there twice"):
         read_panel(manifest)
+
+
+def test_one_unreadable_file_in_a_thousand(tmp_path):
+    speak(tmp_path / "a.wav", 0.5)
+    lines = []
+    for i in range(1000):
+        name = "gone.wav" if i == 500 else f"{i}.wav"
+        if i != 500:
+            os.link(tmp_path / "a.wav", tmp_path / name)
+        lines.append(json.dumps({"path": name, "duration": 0.5}))
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    failed = []
+    assert len(read_panel(tmp_path / "m.jsonl", failed)) == 999
+    assert [f.name for f in failed] == ["gone.wav"]
+    assert re.match(r".*m\.jsonl:501: .*gone\.wav", failed[0].reason)
+    with pytest.raises(UserError, match=r"m\.jsonl:501"):
+        read_panel(tmp_path / "m.jsonl")
+
+
+def test_a_panel_with_nothing_in_it(tmp_path):
+    (tmp_path / "m.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"m\.jsonl: no recording that can be read"):
+        read_panel(tmp_path / "m.jsonl", [])
 
 
 def test_bad_input(tmp_path, tree):

@@ -1,23 +1,28 @@
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from eval.arms import BASE, KEPT, OFF, RESET, SHUFFLED, TRAINED, WIDE, Arm
+from eval.keep import Found
 from eval.output import next_folder, write_results
-from eval.report import (
-    arm_table,
-    as_markdown,
-    as_text,
-    main_difference,
-    notes,
-    range_table,
-    render,
-    verdict,
-)
+from eval.report import arm_table, conditions, main_difference, notes, range_table, render
 from eval.scores import KINDS, Item, Scores
 from eval.summary import summarise
+from eval.tables import as_markdown, as_text
+from eval.verdict import findings, verdict
 from moshi_ttt.errors import UserError
 from tests.eval.tiny_lm import make_codes
 
 WINDOW = 10
+
+
+ARMS = {arm.name: arm for arm in (BASE, WIDE, KEPT, RESET, SHUFFLED, OFF, TRAINED)} | {
+    "lora": Arm("lora", "lora: no memory", "b", Path("lora")),
+    "unwritten": Arm("unwritten", "unwritten: trained with writing off", "d", Path("d")),
+}
 
 
 def made_up(arms, count=8, frames=60, spread=0.02):
@@ -26,16 +31,16 @@ def made_up(arms, count=8, frames=60, spread=0.02):
     items = [Item(f"r{i}", f"s{i}", make_codes(frames)[0]) for i in range(count)]
     scores = {}
     for name, mean in arms.items():
-        scores[name] = Scores(ms_per_frame=[1.0, 2.0])
-        for kind in KINDS:
-            for _ in items:
-                nll = np.full(frames, mean)
-                nll[:WINDOW] = 3.0
-                nll[:] = np.nan if kind == "text" else nll
-                scores[name].nll[kind].append(nll + rng.normal(0, spread, frames))
-        if name == "kept":
-            scores[name].state_norm = {i.name: {"b": 2.0} for i in items}
-            scores[name].state_moved = {i.name: {"b": 1.0} for i in items}
+        found = []
+        for _ in items:
+            nll = {}
+            for kind in KINDS:
+                values = np.full(frames, mean) + rng.normal(0, spread, frames)
+                values[:WINDOW] = 3.0
+                nll[kind] = np.full(frames, np.nan) if kind == "text" else values
+            norms = ({"b": 2.0}, {"b": 1.0}) if name == "kept" else ({}, {})
+            found.append(Found(nll, [1.0, 2.0], *norms))
+        scores[ARMS[name]] = Scores(found)
     return summarise(scores, items, WINDOW, training_frames=25)
 
 
@@ -52,35 +57,74 @@ def test_the_table_has_ranges_and_the_difference():
     assert rows[4][5].startswith("-0.10")
     assert len({len(line) for line in as_text(rows).splitlines()[2:]}) == 1
     assert as_markdown(rows).splitlines()[1].count("---") == 6
-    arms = {row[0]: row for row in arm_table(results)}
-    assert arms["memory kept"][-1] == ""
-    assert float(arms["stock base"][2]) == pytest.approx(np.exp(3.2), rel=0.01)
-    assert arms["stock base"][4] == "-"
+    arms = {row[1]: row for row in arm_table(results)}
+    assert arms["memory kept"][4] == ""
+    assert arms["stock base"][0] == "(a)"
+    assert float(arms["stock base"][3]) == pytest.approx(np.exp(3.2), rel=0.01)
+    assert arms["stock base"][4].startswith("-0.20")
+    assert arms["stock base"][6].startswith(("-0.19", "-0.20"))
+
+
+ALL = {"base": 3.2, "lora": 3.12, "unwritten": 3.11, "kept": 3.0, "reset": 3.1, "shuffled": 3.1}
+
+
+def test_a_memory_earns_its_claim_by_every_condition():
+    results = made_up(ALL | {"shuffled": 3.11})
+    assert [f.holds for f in findings(results)] == [True] * 5
+    assert verdict(results).startswith("The memory earns its claim beyond the window (1x to 4x")
+    assert all(line.startswith("holds: (") for line in conditions(results))
 
 
 @pytest.mark.parametrize(
-    ("kept", "said"),
+    ("change", "line"),
     [
-        (3.0, "the memory that is kept predicts codebook 0 better than the one reset every window"),
-        (3.2, "the memory that is kept predicts codebook 0 WORSE than the one reset every window"),
-        (3.1, "no difference is shown between the memory that is kept and the one reset"),
+        ({"lora": 2.9}, "does not hold: (b) WORSE than lora: no memory, by 0.10"),
+        ({"lora": 3.0}, "does not hold: (b) No difference is shown to lora: no memory: "),
+        ({"unwritten": 2.9}, "does not hold: (d) WORSE than unwritten"),
+        ({"reset": 2.9}, "does not hold: (e) WORSE than memory reset every window"),
+        ({"shuffled": 2.9}, "does not hold: (f) WORSE than memory of another recording"),
+        (
+            {"shuffled": 3.05},
+            "does not hold: (f) With another recording's history some of the gain over the reset",
+        ),
     ],
 )
-def test_the_verdict_follows_from_the_numbers(kept, said):
-    assert said in verdict(made_up({"kept": kept, "reset": 3.1}))
+def test_a_memory_that_fails_a_condition_does_not(change, line):
+    results = made_up(ALL | change)
+    assert verdict(results).startswith("The memory does NOT earn its claim beyond the window")
+    assert any(found.startswith(line) for found in conditions(results)), conditions(results)
+
+
+def test_part_of_a_gain_that_another_history_leaves_is_said():
+    results = made_up(ALL | {"shuffled": 3.05}, spread=0.001)
+    assert any("50% of it; that part is no memory" in line for line in conditions(results))
+
+
+def test_what_cannot_be_judged_is_open():
+    results = made_up({"base": 3.2, "kept": 3.0, "reset": 3.1})
+    assert verdict(results).startswith("The claim cannot be judged in full beyond the window")
+    assert conditions(results) == [
+        "open: (b) cannot be judged: no checkpoint without memory was given.",
+        "open: (d) cannot be judged: no checkpoint trained with writing off was given.",
+        conditions(results)[2],
+        "open: (f) cannot be judged: no shuffled history was scored.",
+    ]
+    assert conditions(results)[2].startswith("holds: (e) Better than memory reset")
 
 
 def test_no_verdict_without_what_it_takes():
     few = verdict(made_up({"kept": 3.0, "reset": 3.1}, count=5))
-    assert few.startswith("No verdict: ")
-    assert "5 speakers are too few to judge by; it takes 6" in few
+    assert few == "No verdict: 5 speakers are too few to judge by; it takes 6."
     short = verdict(made_up({"kept": 3.0, "reset": 3.1}, frames=30))
     assert short.startswith("No verdict: ")
     assert "no recording reaches frame 40: the longest has 30" in short
     assert verdict(made_up({"trained": 3.0})) == "No verdict: there is nothing to compare with."
-    assert "the trained model predicts codebook 0 better than the stock base" in verdict(
-        made_up({"base": 3.1, "trained": 3.0})
-    )
+    for trained, said in (
+        (3.0, "trained model (no memory) predicts codebook 0 better than stock base"),
+        (3.2, "trained model (no memory) predicts codebook 0 WORSE than stock base"),
+        (3.1, "no difference is shown between trained model (no memory) and stock base"),
+    ):
+        assert said in verdict(made_up({"base": 3.1, "trained": trained}))
 
 
 def test_what_is_missing_is_said():
@@ -92,25 +136,49 @@ def test_what_is_missing_is_said():
         "text: no transcript",
     ]
     assert range_table(results)[4][-1] == "-"
-    assert "Not there: codebook0" in render(results, as_text)
+    assert "Not there, or not alike: codebook0" in render(results, as_text)
 
 
 def test_baselines_are_arms(tmp_path):
-    results = made_up({"base": 3.2, "kept": 3.0, "reset": 3.1, "lora-only": 3.15})
+    results = made_up({"base": 3.2, "kept": 3.0, "reset": 3.1, "lora": 3.15})
     difference = main_difference(results)
     assert difference is not None
     assert difference["minus"] == "reset"
-    assert [row[0] for row in arm_table(results)][-1] == "lora-only"
+    assert [row[1] for row in arm_table(results)][-1] == "lora: no memory"
     files = write_results(results, tmp_path / "out", "a run")
     assert all(file.stat().st_size > 1000 for file in files)
-    assert "lora-only" in files[0].read_text()
+    assert "lora: no memory" in (tmp_path / "out/report.md").read_text()
 
 
-def test_pictures_of_short_and_long_recordings(tmp_path):
-    for frames in (6, 60, 300):
-        results = made_up({"base": 3.2, "kept": 3.0, "reset": 3.1}, frames=frames)
-        picture = write_results(results, tmp_path / str(frames), "a run")[1]
-        assert picture.read_bytes().startswith(b"\x89PNG")
+def test_the_page_needs_nothing_but_itself(tmp_path):
+    results = made_up(ALL) | {"facts": {"command": "<b>a & b</b>"}, "failed": []}
+    write_results(results, tmp_path / "out", "a <run>")
+    page = (tmp_path / "out/report.html").read_text()
+    assert 'name="viewport"' in page
+    assert page.count('src="data:image/svg+xml;base64,') == 4
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+    assert "http" not in re.sub(r"base64,[^\"]*", "", page)
+    assert "&lt;b&gt;a &amp; b&lt;/b&gt;" in page
+    assert "a &lt;run&gt;" in page
+    assert page.count("<table>") == page.count("</table>") == 4
+    assert "does NOT earn" in page or "earns its claim" in page
+
+
+def test_what_failed_is_in_every_form(tmp_path):
+    failed = [{"name": "5/book", "reason": "part_1.flac: not readable as audio"}]
+    results = made_up(ALL) | {"failed": failed}
+    write_results(results, tmp_path / "out", "x")
+    for name in ("report.md", "report.html", "results.json"):
+        assert "part_1.flac: not readable as audio" in (tmp_path / "out" / name).read_text(), name
+
+
+@pytest.mark.parametrize("frames", [6, 60, 300])
+def test_pictures_of_short_and_long_recordings(tmp_path, frames):
+    write_results(made_up(ALL | {"wide": 4.0}, frames=frames), tmp_path, "a run")
+    for name in ("nll_by_position", "differences", "scalar", "arms"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / f"{name}.svg").read_text()[:500]
+    assert json.loads((tmp_path / "results.json").read_text())["window_frames"] == WINDOW
 
 
 def test_results_are_not_overwritten(tmp_path):

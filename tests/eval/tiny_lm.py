@@ -18,11 +18,21 @@ def make_codes(frames, batch=1, seed=1, *, holes=True):
     return codes
 
 
-def make_lm(memory="ttt_mlp", *, dtype=torch.float64, seed=0, **config):
+def make_recordings(*lengths, seed=1):
+    """Codes [17, T] of each length, all different, some with a hole."""
+    return [
+        make_codes(frames, seed=seed + i, holes=frames > 2 and i % 2 == 0)[0]
+        for i, frames in enumerate(lengths)
+    ]
+
+
+def make_lm(memory="ttt_mlp", *, dtype=torch.float64, seed=0, lm=None, **config):
     """A tiny Moshi in which nothing is at its neutral value; `memory=None` is a stock one."""
     # rms_norm_f32 rounds to float32, and may round a difference away
-    lm = small_lm(seed=seed, norm="rms_norm", card=24, text_card=40, context=CONTEXT).eval()
+    sizes = {"norm": "rms_norm", "card": 24, "text_card": 40, "context": CONTEXT} | (lm or {})
+    lm = small_lm(seed=seed, **sizes).eval()
     if memory is not None:
-        splice(lm, TTTConfig(memory=memory, layers="all", chunk_size=4, num_heads=2, **config))
+        config = {"layers": "all", "chunk_size": 4, "num_heads": 2} | config
+        splice(lm, TTTConfig(memory=memory, **config))
         randomise_memories(lm, seed=seed)
     return lm.to(dtype)

@@ -63,6 +63,7 @@ class World:
                 "batch_size": 2,
                 "max_steps": 2,
                 "gradient_checkpointing": False,
+                "eval": {"eval_after_training": False},  # pictures take seconds
                 "optim": {"lr": 1e-3, "gate_lr": 0.1, "schedule": "cosine"},
             },
         )

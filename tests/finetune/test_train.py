@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from finetune import after
+from finetune.args import EvalArgs
 from finetune.optim import MasterAdamW
 from moshi_ttt.base import find_base
 from moshi_ttt.checkpoint import load
@@ -78,14 +79,20 @@ def test_what_is_scored_is_what_is_saved(world, tmp_path, monkeypatch):
         return final(self, model, *args)
 
     monkeypatch.setattr(after.Evaluation, "final", watched)
+    assert EvalArgs().eval_after_training
     overrides = {"optim__pct_start": 0.9, "eval__eval_after_training": True, "max_steps": 3}
     run = world.run(tmp_path / "run", **overrides)
     assert torch.equal(*found[0])
     arms = {k for line in lines(run, "final") for k in line}
     assert {"base", "kept", "reset"} <= {k.split("_")[0] for k in arms}
-    assert (run / "eval" / "results.json").is_file()
+    results = json.loads((run / "eval/results.json").read_text())
+    assert results["length"]["segment_frames"] == results["training_frames"]
+    assert len(results["length"]["lengths"]) + len(results["length"]["skipped"]) == 20
+    (length,) = lines(run, "length")
+    assert length["kept_ppl_1x"] == results["length"]["arms"]["kept"]["named"]["1x"]["mean"]
+    assert (run / "eval/run_length.png").is_file()
     assert (run / "curves.png").is_file()
-    assert "picture" in (run / "summary.txt").read_text()
+    assert f"report: {run}/eval/report.html" in (run / "summary.txt").read_text()
 
 
 def test_a_panel_that_is_too_short_or_not_there(world, tmp_path):

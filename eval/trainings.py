@@ -1,0 +1,74 @@
+"""How the models of a comparison were trained, and whether that was alike."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import safe_open
+
+from eval.arms import Arm
+from moshi_ttt.base import Base
+from moshi_ttt.checkpoint import describe
+
+CONFIG = "config.yaml"
+SAME = ("seed", "max_steps", "batch_size", "duration_sec", "data.train_data")
+"""What two trainings must share for their models to be compared."""
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run's folder that a checkpoint's `consolidated/` lies in, None if it lies elsewhere."""
+    checkpoints = folder.resolve().parent.parent
+    run = checkpoints.parent
+    return run if checkpoints.name == "checkpoints" and (run / CONFIG).is_file() else None
+
+
+def training_of(arm: Arm, base: Base) -> dict[str, Any] | None:
+    """What is known of an arm's training: parameters, steps, and the run's config where it lies.
+
+    Returns:
+        None for the stock base.
+    """
+    if arm.checkpoint is None:
+        return None
+    described = describe(arm.checkpoint, base=base)
+    folder, about = described.folder, described.about
+    trained = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            trained += sum(math.prod(weights.get_slice(k).get_shape()) for k in weights.keys())
+    found: dict[str, Any] = {"parameters": trained, "step": about.get("step")}
+    run = run_of(folder)
+    if run is not None:
+        values = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+        for key in SAME:
+            value: Any = values
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            found[key] = value
+    return found
+
+
+def unlike(trainings: dict[str, dict[str, Any] | None], main: str) -> list[str]:
+    """How the other arms' trainings differ from the main one's, one line each.
+
+    Parameters may differ by 2 %: a LoRA's rank is a whole number.
+    """
+    ours = trainings.get(main)
+    lines: list[str] = []
+    for name, theirs in trainings.items():
+        if ours is None or theirs is None or theirs == ours:
+            continue
+        if abs(theirs["parameters"] - ours["parameters"]) > 0.02 * ours["parameters"]:
+            lines.append(
+                f"{name} has {theirs['parameters']:,} trained parameters, {main} has "
+                f"{ours['parameters']:,}"
+            )
+        for key in ("step", *SAME):
+            if key not in theirs or key not in ours:
+                lines.append(f"{name}: its {key} is not known to be that of {main}")
+            elif theirs[key] != ours[key]:
+                lines.append(f"{name} has {key} {theirs[key]}, {main} has {ours[key]}")
+    return lines

@@ -1,0 +1,1 @@
+"""What is recalled after others have spoken (`python -m eval.recall`)."""

@@ -1,0 +1,1 @@
+"""Minutes of free running (`python -m eval.generate`)."""

@@ -1,0 +1,1 @@
+"""Spoken-language sets: sWUGGY, sBLIMP, tStoryCloze, sStoryCloze (`python -m eval.zerospeech`)."""

@@ -52,10 +52,10 @@ def page(results: Results, title: str, pictures: Mapping[str, bytes]) -> str:
         f"<p>Numbers are nats a frame, teacher-forced; attention sees {window} frames, the window. "
         "Less is better.</p>",
         *(picture(svg, name.replace("_", " ")) for name, svg in pictures.items()),
-        "<h2>By position, codebook 0</h2>",
-        html_table(range_table(results)),
     ]
     for kind in kinds(results):
+        parts.append(f"<h2>By position, {escape(KIND_NAMES[kind])}</h2>")
+        parts.append(html_table(range_table(results, kind)))
         parts.append(f"<h2>Every arm, {escape(KIND_NAMES[kind])}</h2>")
         parts.append(html_table(arm_table(results, kind)))
     if "length" in results:

@@ -10,9 +10,12 @@ from eval.generalisation import LONGEST, SHORTEST, Generalisation
 from eval.plot import arm_styles, new_figure
 from eval.tables import FRAME_SECONDS
 
+BANDED = ("base", "kept", "trained")
+"""Arms whose interval is drawn; those of all are in the JSON."""
+
 
 def generalisation_figure(found: Generalisation, title: str, window: int) -> Figure:
-    """Perplexity against length, one line an arm, with 95 % bands; window and segment marked."""
+    """Perplexity against length, one line an arm, 95 % bands for the main ones; window and segment marked."""
     figure = new_figure(8, 5)
     axes = figure.subplots()
     x = np.array([length["factor"] for length in found["lengths"]])
@@ -23,7 +26,8 @@ def generalisation_figure(found: Generalisation, title: str, window: int) -> Fig
         )
         colour, dashes = styles[name]
         axes.plot(x, mean, dashes, color=colour, marker="o", markersize=3, label=arm["label"])
-        axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+        if name in BANDED:
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_xscale("log")
     axes.set_xlim(SHORTEST * 0.95, LONGEST * 1.05)
     axes.xaxis.set_major_locator(FixedLocator([0.5, 1, 2, 5, 10]))

@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     more = _generalisation(results, scores, items, models)
     files = write_results(results, out, title=f"{models.name} on {data}", more=more)
-    say(f"\n{render(results, as_text)}\n")
+    say(f"\n{render(results, as_text, brief=True)}\n")
     say("written: " + ", ".join(str(file) for file in files))
     end(failed, sum(len(arm["broken"]) for arm in results["arms"].values()))
 

@@ -44,11 +44,14 @@ def figures(results: Results, title: str) -> dict[str, Figure]:
         out["scalar"] = scalar(results, title)
         out["differences"] = differences(results, title)
         out["arms"] = arms(results, title)
+    for kind in kinds(results):
+        if kind != HEADLINE:
+            out[f"nll_by_position_{kind}"] = by_position(results, title, kind)
     return out
 
 
-def by_position(results: Results, title: str) -> Figure:
-    """Codebook 0 by position, window and training length marked, and the main difference."""
+def by_position(results: Results, title: str, kind: str = HEADLINE) -> Figure:
+    """NLL by position, window and training length marked, and the main difference."""
     figure = new_figure(9, 7)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     axis = _Axis.of(results)
@@ -58,16 +61,16 @@ def by_position(results: Results, title: str) -> Figure:
     for name, arm in results["arms"].items():
         drawn = "" if name in ASIDE else arm_label(results, name)
         drawn = drawn or f"{arm_label(results, name)}: may leave the picture"
-        _line(top, axis, arm["curve"][HEADLINE], *styles[name], drawn, band=name == banded)
+        _line(top, axis, arm["curve"][kind], *styles[name], drawn, band=name == banded)
     top.set_ylim(
-        *_limits(axis, [arm["curve"] for n, arm in results["arms"].items() if n not in ASIDE])
+        *_limits(axis, [a["curve"][kind] for n, a in results["arms"].items() if n not in ASIDE])
     )
-    top.set_ylabel("NLL of codebook 0 (nats)")
+    top.set_ylabel(f"NLL of {KIND_NAMES[kind]} (nats)")
     figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     if difference is not None:
         colour, _ = styles[difference["arm"]]
         one, other = (arm_label(results, difference[k]) for k in ("arm", "minus"))
-        _line(bottom, axis, difference["curve"][HEADLINE], colour, "-", "")
+        _line(bottom, axis, difference["curve"][kind], colour, "-", "")
         bottom.set_title(f"{one} - {other}", fontsize=9)
     window = axis.window
     bottom.text(
@@ -106,7 +109,7 @@ def arms(results: Results, title: str) -> Figure:
     styles = arm_styles(results["arms"])
     figure, panels, axis = _panels(results, len(results["arms"]))
     curves = {name: arm["curve"] for name, arm in results["arms"].items()}
-    near = _limits(axis, [curve for name, curve in curves.items() if name not in ASIDE])
+    near = _limits(axis, [c[HEADLINE] for name, c in curves.items() if name not in ASIDE])
     for axes, (name, curve) in zip(panels, curves.items(), strict=True):
         _line(axes, axis, curves[first][HEADLINE], *styles[first], "", band=False)
         _line(axes, axis, curve[HEADLINE], *styles[name], "")
@@ -124,9 +127,8 @@ def differences(results: Results, title: str) -> Figure:
     found = results["differences"]
     styles = arm_styles(results["arms"])
     figure, panels, axis = _panels(results, len(found))
-    near = _limits(
-        axis, [d["curve"] for d in found if d["minus"] not in ASIDE] or [found[0]["curve"]]
-    )
+    shown = [d for d in found if d["minus"] not in ASIDE] or found
+    near = _limits(axis, [d["curve"][HEADLINE] for d in shown])
     for axes, d in zip(panels, found, strict=True):
         _line(axes, axis, d["curve"][HEADLINE], *styles[d["minus"]], "")
         one, other = (arm_label(results, d[k]) for k in ("arm", "minus"))
@@ -256,8 +258,8 @@ def _panels(results: Results, count: int) -> tuple[Figure, list[Axes], _Axis]:
 
 
 def _limits(axis: _Axis, curves: list[dict[str, Any]]) -> tuple[float, float]:
-    """Limits of an axis that shows all these curves of the headline with their bands."""
-    drawn = np.concatenate([v for c in curves for v in axis.merged(c[HEADLINE])[1:]])
+    """Limits of an axis that shows all these curves with their bands."""
+    drawn = np.concatenate([v for curve in curves for v in axis.merged(curve)[1:]])
     drawn = drawn[np.isfinite(drawn)]
     low, high = (drawn.min(), drawn.max()) if len(drawn) else (0.0, 0.0)
     margin = 0.05 * (high - low) or 1.0

@@ -94,19 +94,22 @@ def notes(results: Results) -> list[str]:
     return lines + results.get("unlike", [])
 
 
-def render(results: Results, table: Callable[[Rows], str]) -> str:
+def render(results: Results, table: Callable[[Rows], str], *, brief: bool = False) -> str:
     """The whole report: tables, the verdict, what is missing, and how it was measured.
 
     Args:
         results: of `eval.summary.summarise`.
         table: `as_text` or `as_markdown`.
+        brief: by position, codebook 0 only.
     """
     window = results["window_frames"]
     parts = [
-        f"NLL of codebook 0 in nats by position; attention sees {window} frames "
-        f"({window * FRAME_SECONDS:g} s), the window:",
-        table(range_table(results)),
+        f"NLL in nats a frame; attention sees {window} frames ({window * FRAME_SECONDS:g} s), the "
+        "window.",
     ]
+    for kind in [HEADLINE] if brief else kinds(results):
+        parts.append(f"By position, {KIND_NAMES[kind]}:")
+        parts.append(table(range_table(results, kind)))
     for kind in kinds(results):
         parts.append(f"Every arm from 1x to 4x of the window and beyond, {KIND_NAMES[kind]}:")
         parts.append(table(arm_table(results, kind)))
@@ -152,6 +155,9 @@ def measured(results: Results) -> str:
             f"Fast weights at the end, largest block: norm {min(norms):.3g} to {max(norms):.3g}, "
             f"distance from W0 {min(moved):.3g} to {max(moved):.3g}."
         )
+    if memory := results.get("memory_bytes"):
+        start, end = (memory[key] / 2**20 for key in ("start", "end"))
+        lines.append(f"Memory in use: {start:.0f} MiB at the start, {end:.0f} MiB at the end.")
     broken = sum(len(arm["broken"]) for arm in results["arms"].values())
     lines.append(f"Recordings with an NLL that is no number: {broken}.")
     return " ".join(lines)

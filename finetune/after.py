@@ -153,7 +153,7 @@ class Evaluation:
         metrics.log("length", step, generalisation_metrics(length))
         for picture in ("nll_by_position", name):
             metrics.image(picture, run_dir / "eval" / f"{picture}.png", step)
-        return ["", render(results, as_text), "", f"report: {run_dir / 'eval' / PAGE}"]
+        return ["", render(results, as_text, brief=True), "", f"report: {run_dir / 'eval' / PAGE}"]
 
 
 def panel_of(args: TrainArgs, base: Base) -> list[Recording]:

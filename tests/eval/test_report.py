@@ -155,12 +155,12 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
     write_results(results, tmp_path / "out", "a <run>")
     page = (tmp_path / "out/report.html").read_text()
     assert 'name="viewport"' in page
-    assert page.count('src="data:image/svg+xml;base64,') == 4
+    assert page.count('src="data:image/svg+xml;base64,') == 5
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
     assert "http" not in re.sub(r"base64,[^\"]*", "", page)
     assert "&lt;b&gt;a &amp; b&lt;/b&gt;" in page
     assert "a &lt;run&gt;" in page
-    assert page.count("<table>") == page.count("</table>") == 4
+    assert page.count("<table>") == page.count("</table>") == 5
     assert "does NOT earn" in page or "earns its claim" in page
 
 

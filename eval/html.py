@@ -10,6 +10,7 @@ from typing import Any
 from eval.generalisation import generalisation_notes, generalisation_table
 from eval.report import (
     KIND_NAMES,
+    UNITS,
     arm_table,
     kinds,
     measured,
@@ -44,13 +45,11 @@ def page(results: Results, title: str, pictures: Mapping[str, bytes]) -> str:
         title: of the report.
         pictures: name -> SVG, in order.
     """
-    window = results["window_frames"]
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="verdict">{escape(verdict(results))}</p>',
         _findings(results),
-        f"<p>Numbers are nats a frame, teacher-forced; attention sees {window} frames, the window. "
-        "Less is better.</p>",
+        f"<p>{escape(UNITS.format(window=results['window_frames']))}</p>",
         *(picture(svg, name.replace("_", " ")) for name, svg in pictures.items()),
     ]
     for kind in kinds(results):

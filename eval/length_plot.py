@@ -15,7 +15,7 @@ BANDED = ("base", "kept", "trained")
 
 
 def generalisation_figure(found: Generalisation, title: str, window: int) -> Figure:
-    """Perplexity against length, one line an arm, 95 % bands for the main ones; window and segment marked."""
+    """Perplexity against length, one line an arm, bands for the main ones; window, segment marked."""
     figure = new_figure(8, 5)
     axes = figure.subplots()
     x = np.array([length["factor"] for length in found["lengths"]])

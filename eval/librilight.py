@@ -42,7 +42,7 @@ from eval.setup import (
     say,
 )
 from eval.summary import summarise
-from eval.tables import FRAME_SECONDS, as_text
+from eval.tables import FRAME_SECONDS
 from moshi_ttt.errors import Parser, UserError, run_cli
 
 KEPT_SCORES = "nll"
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     more = _generalisation(results, scores, items, models)
     files = write_results(results, out, title=f"{models.name} on {data}", more=more)
-    say(f"\n{render(results, as_text, brief=True)}\n")
+    say(f"\n{render(results)}\n")
     say("written: " + ", ".join(str(file) for file in files))
     end(failed, sum(len(arm["broken"]) for arm in results["arms"].values()))
 

@@ -16,8 +16,7 @@ from matplotlib.figure import Figure
 
 from eval.html import page
 from eval.plot import figures
-from eval.report import render
-from eval.tables import as_markdown
+from eval.report import markdown
 from eval.verdict import Results
 from moshi_ttt.errors import UserError
 from moshi_ttt.files import written_whole
@@ -68,7 +67,7 @@ def write_results(
     with written_whole(out / PAGE) as path:
         path.write_text(page(results, title, pictures), encoding="utf-8")
     with written_whole(out / REPORT) as path:
-        path.write_text(f"# {title}\n\n{render(results, as_markdown)}\n", encoding="utf-8")
+        path.write_text(markdown(results, title, [f"{n}.png" for n in made]), encoding="utf-8")
     write_json(results, out / RESULTS)
     return [*written, out / PAGE, out / REPORT, out / RESULTS]
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from eval.generalisation import generalisation_notes, generalisation_table
 from eval.stats import RANGES, SCALAR
-from eval.tables import FRAME_SECONDS, Rows
+from eval.tables import Rows, as_markdown, as_text
 from eval.verdict import HEADLINE, Results, findings, interval, judged, verdict
 
+UNITS = (
+    "Numbers are nats a frame, teacher-forced, less is better; attention sees {window} frames, the "
+    "window; codebook 0 unless it says otherwise."
+)
 KIND_NAMES = {"codebook0": "codebook 0", "codebooks1_7": "codebooks 1-7", "text": "text"}
 
 
@@ -94,34 +98,63 @@ def notes(results: Results) -> list[str]:
     return lines + results.get("unlike", [])
 
 
-def render(results: Results, table: Callable[[Rows], str], *, brief: bool = False) -> str:
-    """The whole report: tables, the verdict, what is missing, and how it was measured.
+def render(results: Results) -> str:
+    """For a terminal, where the last lines are read first: tables, then the verdict."""
+    parts = [
+        UNITS.format(window=results["window_frames"]),
+        as_text(range_table(results)),
+        *_tables(results, as_text),
+        *_lengths(results, as_text),
+        verdict(results),
+        _bullets(conditions(results)),
+        measured(results),
+        _bullets(notes(results)),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def markdown(results: Results, title: str, pictures: Sequence[str]) -> str:
+    """A document: the verdict first, then pictures and all tables.
 
     Args:
-        results: of `eval.summary.summarise`.
-        table: `as_text` or `as_markdown`.
-        brief: by position, codebook 0 only.
+        results: of `eval.summary.summarise`, with whatever else is known.
+        title: of the document.
+        pictures: names of files beside it.
     """
-    window = results["window_frames"]
-    parts = [
-        f"NLL in nats a frame; attention sees {window} frames ({window * FRAME_SECONDS:g} s), the "
-        "window.",
-    ]
-    for kind in [HEADLINE] if brief else kinds(results):
-        parts.append(f"By position, {KIND_NAMES[kind]}:")
-        parts.append(table(range_table(results, kind)))
+    missing = notes(results)
+    parts = [f"# {title}", f"**{verdict(results)}**", _bullets(conditions(results))]
+    parts += [UNITS.format(window=results["window_frames"])]
+    parts += [f"![{name.split('.')[0].replace('_', ' ')}]({name})" for name in pictures]
+    for kind in kinds(results):
+        parts += [f"By position, {KIND_NAMES[kind]}:", as_markdown(range_table(results, kind))]
+    parts += [*_tables(results, as_markdown), *_lengths(results, as_markdown)]
+    parts += ["Not there, or not alike:", _bullets(missing)] if missing else []
+    parts += [measured(results)]
+    facts = [["", ""], *([key, f"`{value}`"] for key, value in results.get("facts", {}).items())]
+    parts += [as_markdown(facts)] if len(facts) > 1 else []
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _tables(results: Results, table: Callable[[Rows], str]) -> list[str]:
+    parts: list[str] = []
     for kind in kinds(results):
         parts.append(f"Every arm from 1x to 4x of the window and beyond, {KIND_NAMES[kind]}:")
         parts.append(table(arm_table(results, kind)))
-    parts += [verdict(results), *(f"- {line}" for line in conditions(results))]
-    if "length" in results:
-        parts.append("Length generalisation: perplexity of codebook 0 over so many segments:")
-        parts.append(table(generalisation_table(results["length"])))
-        parts += generalisation_notes(results["length"])
-    if missing := notes(results):
-        parts.append("Not there, or not alike: " + "; ".join(missing) + ".")
-    parts.append(measured(results))
-    return "\n\n".join(parts)
+    return parts
+
+
+def _lengths(results: Results, table: Callable[[Rows], str]) -> list[str]:
+    if "length" not in results:
+        return []
+    return [
+        "Length generalisation, perplexity of codebook 0 over so many training segments:",
+        table(generalisation_table(results["length"])),
+        _bullets(generalisation_notes(results["length"])),
+    ]
 
 
 def conditions(results: Results) -> list[str]:

@@ -26,7 +26,7 @@ from eval.report import render
 from eval.scores import KINDS, Item, Scores, evaluate
 from eval.stats import SCALAR, Array
 from eval.summary import summarise
-from eval.tables import FRAME_SECONDS, as_text
+from eval.tables import FRAME_SECONDS
 from finetune.args import TrainArgs
 from finetune.data.codes import CodesCache
 from finetune.data.corpus import segment_frames
@@ -153,7 +153,7 @@ class Evaluation:
         metrics.log("length", step, generalisation_metrics(length))
         for picture in ("nll_by_position", name):
             metrics.image(picture, run_dir / "eval" / f"{picture}.png", step)
-        return ["", render(results, as_text, brief=True), "", f"report: {run_dir / 'eval' / PAGE}"]
+        return ["", render(results), "", f"report: {run_dir / 'eval' / PAGE}"]
 
 
 def panel_of(args: TrainArgs, base: Base) -> list[Recording]:

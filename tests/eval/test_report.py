@@ -8,7 +8,7 @@ import pytest
 from eval.arms import BASE, KEPT, OFF, RESET, SHUFFLED, TRAINED, WIDE, Arm
 from eval.keep import Found
 from eval.output import next_folder, write_results
-from eval.report import arm_table, conditions, main_difference, notes, range_table, render
+from eval.report import arm_table, conditions, main_difference, markdown, notes, range_table, render
 from eval.scores import KINDS, Item, Scores
 from eval.summary import summarise
 from eval.tables import as_markdown, as_text
@@ -136,7 +136,8 @@ def test_what_is_missing_is_said():
         "text: no transcript",
     ]
     assert range_table(results)[4][-1] == "-"
-    assert "Not there, or not alike: codebook0" in render(results, as_text)
+    assert "\n- codebook0, codebooks1_7 from 2x-4x" in render(results)
+    assert "Not there, or not alike:\n\n- codebook0" in markdown(results, "x", [])
 
 
 def test_baselines_are_arms(tmp_path):

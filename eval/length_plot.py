@@ -15,7 +15,7 @@ BANDED = ("base", "kept", "trained")
 
 
 def generalisation_figure(found: Generalisation, title: str, window: int) -> Figure:
-    """Perplexity against length, one line an arm, bands for the main ones; window, segment marked."""
+    """Perplexity against length, one line an arm, with bands; window and segment are marked."""
     figure = new_figure(8, 5)
     axes = figure.subplots()
     x = np.array([length["factor"] for length in found["lengths"]])

@@ -178,7 +178,7 @@ def arm_label(results: Results, name: str) -> str:
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of so many inches, drawn without any window system."""
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from eval.arms import BASE, KEPT, RESET, TRAINED, Arm, score_arm
 from eval.generalisation import generalisation_metrics, generalise
+from eval.keep import Found
 from eval.length_plot import generalisation_figure
 from eval.output import PAGE, memory_in_use, write_results
 from eval.panel import choose, make_items, read_panel
@@ -118,27 +119,44 @@ class Evaluation:
         items = self.panel or self.held_out
         if not items:
             return ["not evaluated: neither eval.librilight_data nor data.eval_data is given"]
-        with whole(model):
-            lines = self._final(model.lm, items, run_dir, metrics, step) if self.here.first else []
-            self.here.wait()
+        with whole(model), _finite("after training"):
+            scores = self._share(model.lm, items)
+        lines = self._report(scores, items, run_dir, metrics, step) if self.here.first else []
+        self.here.wait()
         return lines
 
-    def _final(
-        self, lm: LMModel, items: Sequence[Item], run_dir: Path, metrics: Metrics, step: int
-    ) -> list[str]:
+    def _share(self, lm: LMModel, items: Sequence[Item]) -> dict[Arm, Scores]:
+        """Score all items, each rank its part; every rank gets all scores."""
         arms = [BASE, KEPT, RESET] if self.args.ttt is not None else [BASE, TRAINED]
         stock = load_base(self.base, device=lm.device, dtype=lm.dtype)
-        window, per_call = window_of(self.base), self.args.eval.frames_per_call
-        scores: dict[Arm, Scores] = {}
-        total = len(arms) * sum(item.frames for item in items)
-        bar = tqdm(total=total, desc="scoring", unit="frame", unit_scale=True)
-        with bar, _finite("after training"):
+        here, mine = self.here, items[self.here.rank :: self.here.size]
+        found: dict[str, list[Found]] = {}
+        total = len(arms) * sum(item.frames for item in mine)
+        with tqdm(
+            total=total, desc="scoring", unit="frame", unit_scale=True, disable=not here.first
+        ) as bar:
             for arm in arms:
-                scores[arm] = score_arm(
-                    stock if arm is BASE else lm, arm, items, window,
-                    frames_per_call=per_call, progress=bar.update,
+                scores = score_arm(
+                    stock if arm is BASE else lm, arm, mine, window_of(self.base),
+                    frames_per_call=self.args.eval.frames_per_call, progress=bar.update,
                 )  # fmt: skip
-                scores[arm].refuse_broken(items)
+                scores.refuse_broken(mine)
+                found[arm.name] = scores.found
+        parts = here.gather(found)
+        return {
+            arm: Scores([parts[i % here.size][arm.name][i // here.size] for i in range(len(items))])
+            for arm in arms
+        }
+
+    def _report(
+        self,
+        scores: dict[Arm, Scores],
+        items: Sequence[Item],
+        run_dir: Path,
+        metrics: Metrics,
+        step: int,
+    ) -> list[str]:
+        window, per_call = window_of(self.base), self.args.eval.frames_per_call
         segment = segment_frames(self.args.duration_sec)
         results = summarise(
             scores, items, window, training_frames=segment, frames_per_call=per_call

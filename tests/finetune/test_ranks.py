@@ -140,13 +140,18 @@ def test_a_rank_without_text_does_not_hang_and_a_bad_number_is_everyones(args):
 
 def test_a_rank_with_nothing_to_score_does_not_hang_the_next_step(world, tmp_path):
     """One held-out recording for two ranks, scored after every step."""
-    keys = {"max_steps": 3, "do_eval": True, "eval_freq": 1}
+    keys = {"max_steps": 3, "do_eval": True, "eval_freq": 1, "eval.eval_after_training": True}
     want = run(world, tmp_path / "1", 1, **keys)
     assert run(world, tmp_path / "2", 2, **keys) == pytest.approx(want, rel=1e-5)
     one, two = (lines(tmp_path / n, "held_out") for n in "12")
     assert [x["nll_codebook0"] for x in two] == pytest.approx(
         [x["nll_codebook0"] for x in one], rel=1e-4
     )
+    one, two = (json.loads((tmp_path / n / "eval/results.json").read_text()) for n in "12")
+    assert one["items"] == two["items"]
+    for name, arm in one["length"]["arms"].items():
+        found = two["length"]["arms"][name]["named"]["1x"]["mean"]
+        assert found == pytest.approx(arm["named"]["1x"]["mean"], rel=1e-4)
 
 
 def test_a_run_saved_on_two_ranks_goes_on_with_one_and_four(world, tmp_path):

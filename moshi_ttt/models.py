@@ -41,11 +41,11 @@ class Talker:
     gen_config: dict[str, Any]
     name: str
 
-    @property
-    def cpu_threads(self) -> int:
-        """Threads for the CPU's part: where little is computed, more of them only wait."""
-        numbers = sum(p.numel() for p in self.lm.parameters())
-        return min(1 + numbers // _NUMBERS_PER_THREAD, os.cpu_count() or 1)
+
+def cpu_threads(lm: LMModel) -> int:
+    """Threads for the CPU's part: where little is computed, more of them only wait."""
+    numbers = sum(p.numel() for p in lm.parameters())
+    return min(1 + numbers // _NUMBERS_PER_THREAD, os.cpu_count() or 1)
 
 
 def choose_device(name: str | None) -> torch.device:

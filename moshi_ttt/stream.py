@@ -23,7 +23,7 @@ from moshi_ttt.engine import Engine, Sampling
 from moshi_ttt.errors import Parser, UserError, run_cli
 from moshi_ttt.files import check_writable
 from moshi_ttt.loops import Interrupts, Reporter, stream_file, talk, user_channel
-from moshi_ttt.models import choose_device, open_talker
+from moshi_ttt.models import choose_device, cpu_threads, open_talker
 from moshi_ttt.session import (
     load_memory,
     load_session,
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
         check_sound(args.input_device, args.output_device)
     talker = open_talker(args.checkpoint, args.base, device)
     sys.stderr.write(f"talking to {talker.name}, on {device}\n")
-    torch.set_num_threads(args.threads or talker.cpu_threads)
+    torch.set_num_threads(args.threads or cpu_threads(talker.lm))
     sampling = sampling_of(args, talker.gen_config)
     with Engine(
         talker.lm, talker.mimi, talker.tokenizer, sampling=sampling, seed=args.seed or 0

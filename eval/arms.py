@@ -132,6 +132,9 @@ def weights_hash(checkpoint: Path | None, base: Base) -> str:
 def open_arms(arms: Sequence[Arm], base: Base, **where: Any) -> Iterator[tuple[Arm, LMModel]]:
     """Each arm with its model; arms of one model follow each other, and one is held at a time.
 
+    A model is emptied when the next is asked for, whoever still holds it: the caller's loop
+    variable does, and a spliced model is part of a reference cycle.
+
     Args:
         arms: in any order.
         base: of all of them.
@@ -150,7 +153,7 @@ def open_arms(arms: Sequence[Arm], base: Base, **where: Any) -> Iterator[tuple[A
             lm = load(checkpoint, base=base, **where).lm
         for arm in group:
             yield arm, lm
-        del lm
+        lm.to("meta")
 
 
 def score_arm(

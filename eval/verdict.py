@@ -58,16 +58,28 @@ def _against(results: Results, letter: str, other: str) -> Finding:
     if found is None or not math.isfinite(found["low"]):
         reason = found["reason"] if found else "nothing to compare with"
         return Finding(None, f"({letter}) {label}: cannot be judged: {reason}.")
-    size = f"{abs(found['mean']):.4f} nats a frame {interval(found)}{_beyond(results, other)}"
+    if few := _too_few(_speakers(results, "kept", other)):
+        return Finding(None, f"({letter}) {label}: cannot be judged: {few}.")
+    size = f"{found['mean']:+.4f} nats a frame {interval(found)}{_beyond(results, other)}"
     if found["high"] < 0:
-        return Finding(True, f"({letter}) Better than {label}, by {size}.")
+        return Finding(True, f"({letter}) Better than {label}: {size}.")
     if found["low"] > 0:
-        return Finding(False, f"({letter}) WORSE than {label}, by {size}.")
-    return Finding(
-        False,
-        f"({letter}) No difference is shown to {label}: {found['mean']:+.4f} {interval(found)}"
-        f"{_beyond(results, other)}.",
-    )
+        return Finding(False, f"({letter}) WORSE than {label}: {size}.")
+    return Finding(False, f"({letter}) No difference is shown to {label}: {size}.")
+
+
+def _speakers(results: Results, *arms: str) -> int:
+    """Speakers of the recordings that have the scalar in all these arms."""
+    recordings = [results["arms"][arm]["recordings"] for arm in arms]
+    return len({
+        item["speaker"] for item in results["items"]
+        if all(math.isfinite(r[item["name"]][HEADLINE][SCALAR]) for r in recordings)
+    })  # fmt: skip
+
+
+def _too_few(speakers: int) -> str:
+    few = f"{speakers} speakers are too few to judge by; it takes {FEWEST_SPEAKERS}"
+    return few if speakers < FEWEST_SPEAKERS else ""
 
 
 def _beyond(results: Results, other: str) -> str:
@@ -84,18 +96,22 @@ def _what_is_left(results: Results) -> Finding:
     if left is None or gain is None or not math.isfinite(left["low"]):
         reason = left["reason"] if left else NEEDED["e"]
         return Finding(None, f"(f) what another recording's history leaves: {reason}.")
+    if few := _too_few(_speakers(results, "kept", "shuffled", "reset")):
+        return Finding(None, f"(f) what another recording's history leaves: {few}.")
     size = f"{left['mean']:+.4f} nats {interval(left)}"
+    if not gain["high"] < 0:
+        return Finding(None, "(f) There is no gain over the reset for another history to take.")
     if left["high"] >= 0:
         return Finding(
             True,
-            f"(f) With another recording's history nothing of the gain over the reset is left: "
+            "(f) With another recording's history no gain over the reset is shown any more: "
             f"{size}.",
         )
-    part = f", {left['mean'] / gain['mean']:.0%} of it" if gain["mean"] < 0 else ""
     return Finding(
         False,
         f"(f) With another recording's history some of the gain over the reset is left: "
-        f"{size}{part}; that part is no memory of the recording.",
+        f"{size}, {left['mean'] / gain['mean']:.0%} of it; that part is no memory of the "
+        "recording.",
     )
 
 
@@ -106,16 +122,13 @@ def judged(results: Results) -> bool:
 
 def verdict(results: Results) -> str:
     """One sentence that follows from the numbers, whoever wins."""
-    speakers = len({item["speaker"] for item in results["items"]})
     if not judged(results):
-        return _plain(results, speakers)
+        return _plain(results)
     scalar = results["arms"]["kept"]["ranges"][HEADLINE][SCALAR]
     if not math.isfinite(scalar["mean"]):
         return f"No verdict: from 1x to 4x of the window, {scalar['reason']}."
-    if speakers < FEWEST_SPEAKERS:
-        return (
-            f"No verdict: {speakers} speakers are too few to judge by; it takes {FEWEST_SPEAKERS}."
-        )
+    if few := _too_few(_speakers(results, "kept")):
+        return f"No verdict: {few}."
     found = findings(results)
     where = f"beyond the window (1x to 4x, codebook 0, {scalar['n']} recordings)"
     if any(f.holds is False for f in found):
@@ -132,7 +145,7 @@ def verdict(results: Results) -> str:
     )
 
 
-def _plain(results: Results, speakers: int) -> str:
+def _plain(results: Results) -> str:
     """For two arms without a memory to judge: which is better."""
     first = next((d for d in results["differences"]), None)
     if first is None:
@@ -141,15 +154,13 @@ def _plain(results: Results, speakers: int) -> str:
     one, other = (results["arms"][first[k]]["label"] for k in ("arm", "minus"))
     if not math.isfinite(found["mean"]):
         return f"No verdict: from 1x to 4x of the window, {found['reason']}."
-    if speakers < FEWEST_SPEAKERS or not math.isfinite(found["low"]):
-        return (
-            f"No verdict: {speakers} speakers are too few to judge by; it takes {FEWEST_SPEAKERS}."
-        )
-    size = f"{abs(found['mean']):.4f} nats a frame {interval(found)}"
+    if few := _too_few(_speakers(results, first["arm"], first["minus"])):
+        return f"No verdict: {few}."
+    size = f"{found['mean']:+.4f} nats a frame {interval(found)}"
     if found["high"] < 0:
-        said = f"{one} predicts codebook 0 better than {other}, by {size}"
+        said = f"{one} predicts codebook 0 better than {other}: {size}"
     elif found["low"] > 0:
-        said = f"{one} predicts codebook 0 WORSE than {other}, by {size}"
+        said = f"{one} predicts codebook 0 WORSE than {other}: {size}"
     else:
         said = f"no difference is shown between {one} and {other}: {size}"
     return f"Beyond the window (1x to 4x), {said}."

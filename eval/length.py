@@ -75,12 +75,14 @@ def main(argv: list[str] | None = None) -> None:
 
     Raises:
         UserError: what the user has to change, in one line.
-        SystemExit: status 1 if a recording could not be read.
+        SystemExit: status 1 if a recording could not be read, or an NLL is no number.
     """
     args = parse(argv)
     models = find_models(args)
     run = run_of(models.main.folder)
     config = load_args(run / "config.yaml") if run is not None else None
+    if config is None and args.wandb is not None:
+        raise UserError(f"--wandb {args.wandb}: {models.main.folder} is not in a run's folder")
     args.side = args.side or (config.data.mono_side if config else "moshi")
     args.codes_cache = args.codes_cache or (config.data.codes_cache if config else "data/codes")
     per_call = args.frames_per_call or (config.eval.frames_per_call if config else 100)
@@ -105,19 +107,24 @@ def main(argv: list[str] | None = None) -> None:
                 lm, arm, items, models.window,
                 rows=args.rows, frames_per_call=per_call, keep=keep, progress=bar.update,
             )  # fmt: skip
-            scores[arm.name].refuse_broken(items)
     found = generalise({arm: scores[arm.name] for arm in arms}, items, segment)
     found |= {"checkpoint": str(models.main.folder), "failed": [vars(f) for f in failed]}
     found |= {"window_frames": models.window, "facts": provenance("eval.length", models.device)}
+    broken = found["broken"] = [
+        f"{arm.label}, {item.name}: {one.broken}"
+        for arm in arms
+        for item, one in zip(items, scores[arm.name].found, strict=True)
+        if one.broken
+    ]
     files = save_figure(
         generalisation_figure(found, models.name, models.window), out / f"{models.name}_length"
     )
-    _log(found, files[0], config, args.wandb, out, models)
     write_json(found, out / RESULTS)
-    for line in (as_text(generalisation_table(found)), "", *generalisation_notes(found)):
+    for line in (as_text(generalisation_table(found)), "", *generalisation_notes(found), *broken):
         say(line)
     say("written: " + ", ".join(str(file) for file in (*files, out / RESULTS)))
-    end(failed)
+    _log(found, files[0], config, args.wandb, out, models)
+    end(failed, len(broken))
 
 
 def _segment(models: Models, seconds: float | None) -> int:
@@ -157,8 +164,6 @@ def _log(
     models: Models,
 ) -> None:
     """Numbers and picture to wandb, if the run has a project or one is named."""
-    if config is None and project is not None:
-        raise UserError(f"--wandb {project}: {models.main.folder} is not in a run's folder")
     if config is None or (project or config.wandb.project) is None:
         return
     where = replace(

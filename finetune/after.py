@@ -127,17 +127,19 @@ class Evaluation:
         self, lm: LMModel, items: Sequence[Item], run_dir: Path, metrics: Metrics, step: int
     ) -> list[str]:
         arms = [BASE, KEPT, RESET] if self.args.ttt is not None else [BASE, TRAINED]
-        stock = load_base(self.base, device=lm.device, dtype=lm.dtype)
         window, per_call = window_of(self.base), self.args.eval.frames_per_call
         scores: dict[Arm, Scores] = {}
         total = len(arms) * sum(item.frames for item in items)
         bar = tqdm(total=total, desc="scoring", unit="frame", unit_scale=True)
         with bar, _finite("after training"):
             for arm in arms:
+                stock = arm is BASE
+                scored = load_base(self.base, device=lm.device, dtype=lm.dtype) if stock else lm
                 scores[arm] = score_arm(
-                    stock if arm is BASE else lm, arm, items, window,
-                    frames_per_call=per_call, progress=bar.update,
-                )  # fmt: skip
+                    scored, arm, items, window, frames_per_call=per_call, progress=bar.update
+                )
+                if stock:
+                    scored.to("meta")  # its room is for the others, whoever still holds it
                 scores[arm].refuse_broken(items)
         segment = segment_frames(self.args.duration_sec)
         results = summarise(

@@ -155,7 +155,32 @@ def test_a_checkpoint_that_lies_alone_needs_to_be_told(run, monkeypatch, tmp_pat
         length.main(options)
     with pytest.raises(UserError, match=r"--wandb p: .* is not in a run's folder"):
         length.main([*options, "--segment-seconds", "0.2", "--wandb", "p"])
+    assert not (run / "runs/eval/alone-length").exists()  # refused before anything was scored
     length.main([*options, "--segment-seconds", "0.2", "--out", str(tmp_path / "o")])
     results = json.loads((tmp_path / "o/results.json").read_text())
     assert results["segment_frames"] == 2
     assert list(results["arms"]) == ["base", "trained"]
+
+
+def test_a_model_whose_output_is_no_number_is_said_and_the_others_are_scored(
+    run, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(run)
+    base = find_base(run / "base")
+    lm = load_base(base, dtype=torch.float32)
+    add_lora(lm, 2, 2.0)
+    for name, weight in lm.named_parameters():
+        if "lora" in name:
+            weight.data.fill_(float("nan"))
+    save_checkpoint(lm, tmp_path / "nan", base)
+    options = ["--checkpoint", str(tmp_path / "nan"), "--data", "speech", "--device", "cpu"]
+    with pytest.raises(SystemExit) as left:
+        length.main([*options, "--segment-seconds", "0.2", "--out", str(tmp_path / "o")])
+    assert left.value.code == 1
+    said = capsys.readouterr().out
+    assert "trained model (no memory), 0/book: the NLL of codebook 0 (0 is text), frame 0" in said
+    assert "0 recordings could not be read, 7 scores are no number" in said
+    results = json.loads((tmp_path / "o/results.json").read_text())
+    assert len(results["broken"]) == 7
+    assert results["arms"]["trained"]["named"]["1x"]["mean"] is None
+    assert results["arms"]["base"]["named"]["1x"]["mean"] > 1

@@ -55,7 +55,7 @@ class Evaluation:
         here: this rank; recordings are shared out among all of them.
 
     Raises:
-        UserError: the base's attention has no window.
+        UserError: the base's attention has no window, or a held-out recording is there twice.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class Evaluation:
         window_of(base)
         if held_out:
             books = [r for s in held_out for r in s.recordings][: args.eval.max_items]
+            _refuse_twice(books)
             self.held_out = self._items(books, cache, tokenizer)
         if panel:
             self.panel = self._items(panel, cache, tokenizer)
@@ -169,6 +170,17 @@ def panel_of(args: TrainArgs, base: Base) -> list[Recording]:
         return []
     books = _long_enough(args.eval.librilight_data, 4 * window_of(base) * FRAME_SECONDS)
     return choose(books, 0.0, args.eval.max_items)[0]
+
+
+def _refuse_twice(books: Sequence[Recording]) -> None:
+    """Two of one name cannot be told apart in a report, which comes after hours of training."""
+    seen: dict[str, str] = {}
+    for book in books:
+        if book.name in seen:
+            raise UserError(
+                f"{book.where}: data.eval_data has {book.name} twice, first in {seen[book.name]}"
+            )
+        seen[book.name] = book.where
 
 
 def wanted(args: TrainArgs) -> bool:

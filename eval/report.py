@@ -8,7 +8,7 @@ from typing import Any
 
 from eval.generalisation import generalisation_notes, generalisation_table
 from eval.stats import RANGES, SCALAR
-from eval.tables import FRAME_SECONDS, Rows
+from eval.tables import FRAME_SECONDS, Rows, fact_rows
 from eval.verdict import HEADLINE, Results, findings, interval, judged, verdict
 
 KIND_NAMES = {"codebook0": "codebook 0", "codebooks1_7": "codebooks 1-7", "text": "text"}
@@ -91,7 +91,7 @@ def notes(results: Results) -> list[str]:
     for arm in results["arms"].values():
         lines += [f"{arm['label']}, {item}: {why}" for item, why in arm["broken"].items()]
     lines += [f"{f['name']} was left out: {f['reason']}" for f in results.get("failed", [])]
-    return lines + results.get("unlike", [])
+    return lines + results.get("left_out", []) + results.get("unlike", [])
 
 
 def render(results: Results, table: Callable[[Rows], str]) -> str:
@@ -118,6 +118,8 @@ def render(results: Results, table: Callable[[Rows], str]) -> str:
     if missing := notes(results):
         parts.append("Not there, or not alike: " + "; ".join(missing) + ".")
     parts.append(measured(results))
+    if facts := results.get("facts"):
+        parts.append(table(fact_rows(facts)))
     return "\n\n".join(parts)
 
 
@@ -152,6 +154,9 @@ def measured(results: Results) -> str:
             f"Fast weights at the end, largest block: norm {min(norms):.3g} to {max(norms):.3g}, "
             f"distance from W0 {min(moved):.3g} to {max(moved):.3g}."
         )
+    if memory := results.get("memory_bytes"):
+        start, end = (memory[when] / 2**20 for when in ("start", "end"))
+        lines.append(f"Memory at start and end: {start:,.0f} and {end:,.0f} MiB.")
     broken = sum(len(arm["broken"]) for arm in results["arms"].values())
     lines.append(f"Recordings with an NLL that is no number: {broken}.")
     return " ".join(lines)

@@ -222,9 +222,19 @@ def about(
         "unlike": unlike(trainings, name),
         "facts": {
             **provenance(module, models.device),
-            "the recordings are": f"{'Moshi' if args.side == 'moshi' else 'the user'}'s side",
+            **side_fact(args.side),
             "seconds of scoring": round(seconds, 1),
         },
+    }
+
+
+def side_fact(side: str) -> dict[str, str]:
+    """Whose stream the recordings are, for a report; Moshi's alone is predicted."""
+    if side == "moshi":
+        return {"the recordings are": "Moshi's side"}
+    return {
+        "the recordings are": "the user's side; what is scored is Moshi's: of a mono recording, "
+        "silence"
     }
 
 

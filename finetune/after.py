@@ -22,8 +22,10 @@ from eval.generalisation import generalisation_metrics, generalise
 from eval.length_plot import generalisation_figure
 from eval.output import PAGE, memory_in_use, write_results
 from eval.panel import choose, make_items, read_panel
+from eval.provenance import provenance
 from eval.report import render
 from eval.scores import KINDS, Item, Scores, evaluate
+from eval.setup import side_fact
 from eval.stats import SCALAR, Array
 from eval.summary import summarise
 from eval.tables import FRAME_SECONDS, as_text
@@ -129,6 +131,7 @@ class Evaluation:
     ) -> list[str]:
         arms = [BASE, KEPT, RESET] if self.args.ttt is not None else [BASE, TRAINED]
         window, per_call = window_of(self.base), self.args.eval.frames_per_call
+        before = memory_in_use(lm.device)
         scores: dict[Arm, Scores] = {}
         total = len(arms) * sum(item.frames for item in items)
         bar = tqdm(total=total, desc="scoring", unit="frame", unit_scale=True)
@@ -146,6 +149,9 @@ class Evaluation:
         results = summarise(
             scores, items, window, training_frames=segment, frames_per_call=per_call
         )
+        results["memory_bytes"] = {"start": before, "end": memory_in_use(lm.device)}
+        side = side_fact(self.args.data.mono_side)
+        results["facts"] = provenance("finetune.train", lm.device) | side
         length = results["length"] = generalise(scores, items, segment)
         name = f"{run_dir.name}_length"
         more = {name: generalisation_figure(length, run_dir.name, window)}

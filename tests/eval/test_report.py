@@ -174,6 +174,20 @@ def test_what_is_missing_is_said():
     assert "Not there, or not alike: codebook0" in render(results, as_text)
 
 
+def test_a_report_says_how_it_was_made_and_what_was_left_out(tmp_path):
+    results = made_up({"base": 3.2, "kept": 3.0, "reset": 3.1})
+    results |= {"facts": {"the recordings are": "Moshi's side", "commit": "abc"}}
+    results |= {"left_out": ["2 of 10 recordings are shorter"]}
+    results |= {"memory_bytes": {"start": 2**30, "end": 3 * 2**20}}
+    write_results(results, tmp_path / "out", "a run")
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / "out" / name).read_text().replace("&#x27;", "'")
+        assert "Moshi's side" in text
+        assert "abc" in text
+        assert "2 of 10 recordings are shorter" in text
+        assert "Memory at start and end: 1,024 and 3 MiB." in text
+
+
 def test_baselines_are_arms(tmp_path):
     results = made_up({"base": 3.2, "kept": 3.0, "reset": 3.1, "lora": 3.15})
     difference = main_difference(results)

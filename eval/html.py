@@ -22,7 +22,7 @@ from eval.verdict import Results, findings, judged, verdict
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .verdict { border-left: .4rem solid #0072B2; padding: .6rem 1rem; background: #0072B218; }
 ul.findings { list-style: none; padding: 0; } ul.findings li { margin: .4rem 0; }
 .mark { display: inline-block; margin-right: .5rem; font-weight: 600; }

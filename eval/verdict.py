@@ -11,6 +11,9 @@ from eval.stats import SCALAR
 HEADLINE = "codebook0"
 FEWEST_SPEAKERS = 6
 """With fewer, even speakers who all agree do so by chance in more than 5 % of cases (2 / 2^n)."""
+TAKEN = 0.5
+"""A gain is taken away if the interval of what is left excludes this part of it; an interval that
+merely holds 0 may be a wide one."""
 NEEDED = {
     "b": "no checkpoint without memory was given",
     "d": "no checkpoint trained with writing off was given",
@@ -101,17 +104,23 @@ def _what_is_left(results: Results) -> Finding:
     size = f"{left['mean']:+.4f} nats {interval(left)}"
     if not gain["high"] < 0:
         return Finding(None, "(f) There is no gain over the reset for another history to take.")
-    if left["high"] >= 0:
+    share = left["mean"] / gain["mean"]
+    part = f"{size}, {share:.0%} of it" if share > 0 else size
+    if left["high"] < 0:
         return Finding(
-            True,
-            "(f) With another recording's history no gain over the reset is shown any more: "
-            f"{size}.",
+            False,
+            "(f) With another recording's history some of the gain over the reset is left: "
+            f"{part}; that part is no memory of the recording.",
+        )
+    if left["low"] <= TAKEN * gain["mean"]:
+        return Finding(
+            None,
+            "(f) Whether another recording's history takes the gain over the reset away cannot be "
+            f"told, half of it may be left: {part}.",
         )
     return Finding(
-        False,
-        f"(f) With another recording's history some of the gain over the reset is left: "
-        f"{size}, {left['mean'] / gain['mean']:.0%} of it; that part is no memory of the "
-        "recording.",
+        True,
+        f"(f) Another recording's history takes the gain over the reset away; left is {part}.",
     )
 
 

@@ -154,6 +154,19 @@ def test_a_difference_has_the_sign_of_its_interval():
     assert f"(b) Better than lora: no memory: {size}" in conditions(made_up(ALL))[0]
 
 
+def test_a_wide_interval_is_no_sign_that_a_gain_was_taken_away():
+    """Half of it is left on average, and nothing of it is certain."""
+    results = made_up(ALL | {"shuffled": 3.06}, spread=0.001)
+    left = difference(results, "shuffled", "reset")
+    assert left is not None
+    left |= {"low": -0.09, "high": 0.01}
+    *others, last = findings(results)
+    assert all(f.holds for f in others)
+    assert last.holds is None
+    assert "cannot be told, half of it may be left: -0.0" in last.text
+    assert "cannot be judged in full" in verdict(results)
+
+
 def test_where_there_is_no_gain_no_history_takes_it_away():
     results = made_up(ALL | {"reset": 3.0, "shuffled": 3.0}, spread=0.2)
     *_, last = findings(results)

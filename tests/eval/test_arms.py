@@ -22,6 +22,7 @@ from eval.arms import (
     open_arms,
     score_arm,
 )
+from eval.generalisation import generalise
 from eval.keep import Keep
 from eval.perplexity import score
 from eval.scores import Item, evaluate
@@ -211,6 +212,12 @@ def test_what_is_no_number_is_nan_with_a_reason_and_never_in_a_mean():
     others = [arm["recordings"][r]["codebook0"]["1x-4x"] for r in ("r0", "r2")]
     assert arm["ranges"]["codebook0"]["1x-4x"]["mean"] == pytest.approx(np.mean(others))
     assert found["differences"][0]["ranges"]["codebook0"]["1x-4x"]["n"] == 2
+    worse = evaluate(broken, [items[1]])
+    found = summarise({BASE: worse}, [items[1]], CONTEXT)
+    reason = "the NLL is no number"
+    assert found["arms"]["base"]["ranges"]["codebook0"]["1x-4x"]["reason"] == reason
+    length = generalise({BASE: worse}, [items[1]], CONTEXT)
+    assert length["arms"]["base"]["named"]["1x"]["reason"] == reason
 
 
 def test_kept_scores_are_used_and_are_the_same(lm, tmp_path: Path):

@@ -29,6 +29,7 @@ from eval.provenance import provenance
 from eval.scores import Scores
 from eval.setup import (
     EVAL_RUNS,
+    GOES_ON,
     Models,
     add_data_options,
     add_model_options,
@@ -177,4 +178,4 @@ def _log(
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, GOES_ON)

@@ -29,6 +29,7 @@ from eval.report import render
 from eval.scores import Item, Scores
 from eval.setup import (
     EVAL_RUNS,
+    GOES_ON,
     Models,
     about,
     add_data_options,
@@ -165,4 +166,4 @@ def _generalisation(
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, GOES_ON)

@@ -30,6 +30,8 @@ from moshi_ttt.files import newest_checkpoint
 from moshi_ttt.models import choose_device
 
 RUNS, EVAL_RUNS = Path("runs"), Path("runs/eval")
+GOES_ON = "what was scored is kept, the same command goes on from there"
+"""Said after Ctrl-C."""
 
 
 def add_model_options(p: Parser) -> None:

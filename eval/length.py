@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from eval.arms import score_arm
 from eval.generalisation import (
+    LONGEST,
     Generalisation,
     generalisation_metrics,
     generalisation_notes,
@@ -24,7 +25,7 @@ from eval.generalisation import (
 )
 from eval.length_plot import generalisation_figure
 from eval.output import RESULTS, next_folder, save_figure, write_json
-from eval.panel import Failed, choose, read_panel
+from eval.panel import Failed, choose, read_panel, speaker_of
 from eval.provenance import provenance
 from eval.scores import Scores
 from eval.setup import (
@@ -43,6 +44,7 @@ from eval.setup import (
 )
 from eval.tables import FRAME_SECONDS, as_text
 from eval.trainings import run_of
+from eval.verdict import FEWEST_SPEAKERS
 from finetune.args import TrainArgs
 from finetune.data.manifest import read_sources
 from finetune.data.recording import Recording
@@ -90,11 +92,11 @@ def main(argv: list[str] | None = None) -> None:
     segment = _segment(models, args.segment_seconds)
     out = next_folder(args.out, EVAL_RUNS / f"{models.name}-length")
     failed: list[Failed] = []
-    books = _books(args, config, failed)
+    books = _books(args, config, segment, failed)
     items = read_items(books, models, args, failed)
     arms = [arm for arm in models.arms if arm.name in ARMS or arm.checkpoint != models.main.folder]
     arms = [arm for arm in arms if arm.name != "wide"]
-    longest = 10 * segment
+    longest = int(LONGEST * segment)
     items = [replace(item, codes=item.codes[:, :longest]) for item in items]
     say(f"{len(items)} recordings, segments of {segment} frames, {len(arms)} arms")
 
@@ -140,9 +142,12 @@ def _segment(models: Models, seconds: float | None) -> int:
 
 
 def _books(
-    args: argparse.Namespace, config: TrainArgs | None, failed: list[Failed]
+    args: argparse.Namespace, config: TrainArgs | None, segment: int, failed: list[Failed]
 ) -> list[Recording]:
-    """The recordings named, else the run's own held-out ones, else the embedded."""
+    """The recordings named, else the run's own held-out ones, else the embedded.
+
+    One a speaker; only such as have the longest length, if enough speakers have one.
+    """
     given = args.data or (config.eval.librilight_data if config else None)
     if given is None and config is not None and config.data.eval_data:
         sources = read_sources(config.data.eval_data)
@@ -150,7 +155,10 @@ def _books(
         return [r for source in sources for r in source.recordings][: args.max_items]
     if given is not None and not args.data:
         say(f"recordings: eval.librilight_data of the run, {given}")
-    books, left_out = choose(read_panel(find_data(given), failed), 0.0, args.max_items)
+    books = read_panel(find_data(given), failed)
+    longest = LONGEST * segment * FRAME_SECONDS
+    enough = len({speaker_of(b) for b in books if b.duration >= longest}) >= FEWEST_SPEAKERS
+    books, left_out = choose(books, longest if enough else 0.0, args.max_items)
     for line in left_out:
         say(f"{line}.")
     return books

@@ -88,6 +88,12 @@ def notes(results: Results) -> list[str]:
         where = "" if len(found) == len(RANGES) else f" from {', '.join(found)}"
         names.setdefault((where, reason), []).append(kind)
     lines = [f"{', '.join(k)}{where}: {reason}" for (where, reason), k in names.items()]
+    frames = [item["frames"] for item in results["items"]]
+    if min(frames) < max(frames):
+        lines.append(
+            f"curves end with the shortest recording, of {min(frames)} frames; the longest has "
+            f"{max(frames)}"
+        )
     for arm in results["arms"].values():
         lines += [f"{arm['label']}, {item}: {why}" for item, why in arm["broken"].items()]
     lines += [f"{f['name']} was left out: {f['reason']}" for f in results.get("failed", [])]

@@ -144,6 +144,20 @@ def test_the_command_uses_the_runs_own_configuration(run, monkeypatch, capsys):
         length.main(["--out", str(out), "--device", "cpu"])
 
 
+def test_a_speakers_recording_that_is_long_enough_is_taken(run, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(run)
+    for i in range(7):
+        speak(tmp_path / f"d/small/{i}/a/part_1.flac", 1.8, seed=i, speaker=str(i))
+        speak(tmp_path / f"d/small/{i}/b/part_1.flac", 0.6, seed=9 + i, speaker=str(i))
+    options = ["--data", str(tmp_path / "d"), "--device", "cpu", "--encode-workers", "1"]
+    length.main([*options, "--out", str(tmp_path / "o")])
+    results = json.loads((tmp_path / "o/results.json").read_text())
+    assert results["recordings"]
+    assert all(name.endswith("/a") for name in results["recordings"])
+    assert results["covered"] == pytest.approx([0.5, 10])
+    assert "7 of 14 recordings are shorter than 1.6 s and left out" in capsys.readouterr().out
+
+
 def test_a_checkpoint_that_lies_alone_needs_to_be_told(run, monkeypatch, tmp_path):
     monkeypatch.chdir(run)
     base = find_base(run / "base")

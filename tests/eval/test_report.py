@@ -183,6 +183,8 @@ def test_what_is_missing_is_said():
         "codebook0, codebooks1_7 from 4x-end: no recording reaches frame 41: the longest has 30",
         "text: no transcript",
     ]
+    uneven = notes(made_up({"base": 3.0}, short=1))
+    assert "curves end with the shortest recording, of 20 frames; the longest has 60" in uneven
     assert range_table(results)[4][-1] == "-"
     assert "Not there, or not alike: codebook0" in render(results, as_text)
 

@@ -44,6 +44,7 @@ from eval.setup import (
 )
 from eval.summary import summarise
 from eval.tables import FRAME_SECONDS, as_text
+from eval.trainings import heard_before
 from moshi_ttt.errors import Parser, UserError, run_cli
 
 KEPT_SCORES = "nll"
@@ -110,6 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         rows=args.rows,
     )
     results |= about(models, arms, args, "eval.librilight", time.monotonic() - began)
+    results["unlike"] += heard_before(arms, books)
     results |= {"data": str(data)}
     results |= {
         "left_out": left_out,

@@ -97,11 +97,14 @@ def baselines(given: Sequence[str], main: Described) -> list[Arm]:
 
 def _baseline(path: Path, main: Described) -> Arm:
     about = read_json(_about_file(path))
-    theirs, ours = about.get("base", {}), main.about["base"]
-    if theirs.get("fingerprint") != ours["fingerprint"]:
+    theirs = about.get("base", {})
+    stock = theirs.get("stock" if about.get("full") else "fingerprint")
+    if stock is None:
+        raise UserError(f"--baseline {path} does not say of which base it is: write it again")
+    if stock != fingerprint(main.base.info.moshi_weights):
         raise UserError(
             f"--baseline {path} belongs to another base ({theirs.get('name')}) than the "
-            f"checkpoint ({ours['name']}): their numbers cannot be compared"
+            f"checkpoint ({main.base.name}): their numbers cannot be compared"
         )
     found, name = describe(path, base=main.base), checkpoint_name(path)
     if found.ttt is None:
@@ -132,6 +135,9 @@ def weights_hash(checkpoint: Path | None, base: Base) -> str:
 def open_arms(arms: Sequence[Arm], base: Base, **where: Any) -> Iterator[tuple[Arm, LMModel]]:
     """Each arm with its model; arms of one model follow each other, and one is held at a time.
 
+    A model is emptied when the next is asked for, whoever still holds it: the caller's loop
+    variable does, and a spliced model is part of a reference cycle.
+
     Args:
         arms: in any order.
         base: of all of them.
@@ -150,7 +156,7 @@ def open_arms(arms: Sequence[Arm], base: Base, **where: Any) -> Iterator[tuple[A
             lm = load(checkpoint, base=base, **where).lm
         for arm in group:
             yield arm, lm
-        del lm
+        lm.to("meta")
 
 
 def score_arm(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from eval.arms import Arm
-from eval.scores import Item, Scores
+from eval.scores import BROKEN, Item, Scores
 from eval.stats import RESAMPLES, SEED, estimate, mean_of
 from eval.tables import FRAME_SECONDS, Rows
 from eval.verdict import FEWEST_SPEAKERS
@@ -62,7 +62,8 @@ def generalise(
         if not whole or len(whole) < len(chosen):
             return _none(_reason(items, frames, enough))
         values = np.array([mean_of(found.found[i].nll["codebook0"][:frames]) for i in chosen])
-        nats = estimate(values, speakers, "no codebook0 to predict there")
+        missing = BROKEN if found.broken else "no codebook0 to predict there"
+        nats = estimate(values, speakers, missing)
         means = {"mean": _exp(nats.mean), "low": _exp(nats.low), "high": _exp(nats.high)}
         return nats.to_dict() | means
 

@@ -17,23 +17,24 @@ from eval.report import (
     notes,
     range_table,
 )
-from eval.tables import Rows, is_number
+from eval.tables import Rows, fact_rows, is_number
 from eval.verdict import Results, findings, judged, verdict
 
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .verdict { border-left: .4rem solid #0072B2; padding: .6rem 1rem; background: #0072B218; }
 ul.findings { list-style: none; padding: 0; } ul.findings li { margin: .4rem 0; }
 .mark { display: inline-block; margin-right: .5rem; font-weight: 600; }
 .yes { color: #00795a; } .no { color: #c2410c; } .open { color: #777; }
 @media (prefers-color-scheme: dark) { .yes { color: #3ecf9f; } .no { color: #ff8a5c; } }
-.scroll { overflow-x: auto; } img { max-width: 100%; height: auto; background: white; }
+.scroll { overflow-x: auto; }
+img { max-width: 100%; min-width: 40rem; height: auto; background: white; }
 table { border-collapse: collapse; font-size: .85rem; white-space: nowrap; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #8886; text-align: left; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
-footer, .small { font-size: .85rem; } code { overflow-wrap: anywhere; }
+.small { font-size: .85rem; } code { overflow-wrap: anywhere; }
 """
 
 
@@ -80,9 +81,11 @@ def document(title: str, parts: list[str]) -> str:
 
 
 def picture(svg: bytes, name: str) -> str:
-    """An SVG as an image inside the page."""
+    """An SVG as an image inside the page; on a phone it scrolls sideways and can be read."""
     data = base64.b64encode(svg).decode()
-    return f'<p><img alt="{escape(name)}" src="data:image/svg+xml;base64,{data}"></p>'
+    return (
+        f'<p class="scroll"><img alt="{escape(name)}" src="data:image/svg+xml;base64,{data}"></p>'
+    )
 
 
 def html_table(rows: Rows) -> str:
@@ -107,8 +110,7 @@ def items(lines: list[str]) -> str:
 
 def facts(values: Mapping[str, Any]) -> str:
     """Names and values, e.g. the command and the versions."""
-    rows = [["", ""], *([str(key), str(value)] for key, value in values.items())]
-    return f'<div class="small">{html_table(rows)}</div>' if values else ""
+    return f'<div class="small">{html_table(fact_rows(values))}</div>' if values else ""
 
 
 def _findings(results: Results) -> str:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from eval.arms import score_arm
 from eval.generalisation import (
+    LONGEST,
     Generalisation,
     generalisation_metrics,
     generalisation_notes,
@@ -24,11 +25,12 @@ from eval.generalisation import (
 )
 from eval.length_plot import generalisation_figure
 from eval.output import RESULTS, next_folder, save_figure, write_json
-from eval.panel import Failed, choose, read_panel
+from eval.panel import Failed, choose, read_panel, speaker_of
 from eval.provenance import provenance
 from eval.scores import Scores
 from eval.setup import (
     EVAL_RUNS,
+    GOES_ON,
     Models,
     add_data_options,
     add_model_options,
@@ -42,6 +44,7 @@ from eval.setup import (
 )
 from eval.tables import FRAME_SECONDS, as_text
 from eval.trainings import run_of
+from eval.verdict import FEWEST_SPEAKERS
 from finetune.args import TrainArgs
 from finetune.data.manifest import read_sources
 from finetune.data.recording import Recording
@@ -75,23 +78,25 @@ def main(argv: list[str] | None = None) -> None:
 
     Raises:
         UserError: what the user has to change, in one line.
-        SystemExit: status 1 if a recording could not be read.
+        SystemExit: status 1 if a recording could not be read, or an NLL is no number.
     """
     args = parse(argv)
     models = find_models(args)
     run = run_of(models.main.folder)
     config = load_args(run / "config.yaml") if run is not None else None
+    if config is None and args.wandb is not None:
+        raise UserError(f"--wandb {args.wandb}: {models.main.folder} is not in a run's folder")
     args.side = args.side or (config.data.mono_side if config else "moshi")
     args.codes_cache = args.codes_cache or (config.data.codes_cache if config else "data/codes")
     per_call = args.frames_per_call or (config.eval.frames_per_call if config else 100)
     segment = _segment(models, args.segment_seconds)
     out = next_folder(args.out, EVAL_RUNS / f"{models.name}-length")
     failed: list[Failed] = []
-    books = _books(args, config, failed)
+    books = _books(args, config, segment, failed)
     items = read_items(books, models, args, failed)
     arms = [arm for arm in models.arms if arm.name in ARMS or arm.checkpoint != models.main.folder]
     arms = [arm for arm in arms if arm.name != "wide"]
-    longest = 10 * segment
+    longest = int(LONGEST * segment)
     items = [replace(item, codes=item.codes[:, :longest]) for item in items]
     say(f"{len(items)} recordings, segments of {segment} frames, {len(arms)} arms")
 
@@ -105,19 +110,24 @@ def main(argv: list[str] | None = None) -> None:
                 lm, arm, items, models.window,
                 rows=args.rows, frames_per_call=per_call, keep=keep, progress=bar.update,
             )  # fmt: skip
-            scores[arm.name].refuse_broken(items)
     found = generalise({arm: scores[arm.name] for arm in arms}, items, segment)
     found |= {"checkpoint": str(models.main.folder), "failed": [vars(f) for f in failed]}
     found |= {"window_frames": models.window, "facts": provenance("eval.length", models.device)}
+    broken = found["broken"] = [
+        f"{arm.label}, {item.name}: {one.broken}"
+        for arm in arms
+        for item, one in zip(items, scores[arm.name].found, strict=True)
+        if one.broken
+    ]
     files = save_figure(
         generalisation_figure(found, models.name, models.window), out / f"{models.name}_length"
     )
-    _log(found, files[0], config, args.wandb, out, models)
     write_json(found, out / RESULTS)
-    for line in (as_text(generalisation_table(found)), "", *generalisation_notes(found)):
+    for line in (as_text(generalisation_table(found)), "", *generalisation_notes(found), *broken):
         say(line)
     say("written: " + ", ".join(str(file) for file in (*files, out / RESULTS)))
-    end(failed)
+    _log(found, files[0], config, args.wandb, out, models)
+    end(failed, len(broken))
 
 
 def _segment(models: Models, seconds: float | None) -> int:
@@ -132,9 +142,12 @@ def _segment(models: Models, seconds: float | None) -> int:
 
 
 def _books(
-    args: argparse.Namespace, config: TrainArgs | None, failed: list[Failed]
+    args: argparse.Namespace, config: TrainArgs | None, segment: int, failed: list[Failed]
 ) -> list[Recording]:
-    """The recordings named, else the run's own held-out ones, else the embedded."""
+    """The recordings named, else the run's own held-out ones, else the embedded.
+
+    One a speaker; only such as have the longest length, if enough speakers have one.
+    """
     given = args.data or (config.eval.librilight_data if config else None)
     if given is None and config is not None and config.data.eval_data:
         sources = read_sources(config.data.eval_data)
@@ -142,7 +155,10 @@ def _books(
         return [r for source in sources for r in source.recordings][: args.max_items]
     if given is not None and not args.data:
         say(f"recordings: eval.librilight_data of the run, {given}")
-    books, left_out = choose(read_panel(find_data(given), failed), 0.0, args.max_items)
+    books = read_panel(find_data(given), failed)
+    longest = LONGEST * segment * FRAME_SECONDS
+    enough = len({speaker_of(b) for b in books if b.duration >= longest}) >= FEWEST_SPEAKERS
+    books, left_out = choose(books, longest if enough else 0.0, args.max_items)
     for line in left_out:
         say(f"{line}.")
     return books
@@ -157,8 +173,6 @@ def _log(
     models: Models,
 ) -> None:
     """Numbers and picture to wandb, if the run has a project or one is named."""
-    if config is None and project is not None:
-        raise UserError(f"--wandb {project}: {models.main.folder} is not in a run's folder")
     if config is None or (project or config.wandb.project) is None:
         return
     where = replace(
@@ -172,4 +186,4 @@ def _log(
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, GOES_ON)

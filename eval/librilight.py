@@ -29,6 +29,7 @@ from eval.report import render
 from eval.scores import Item, Scores
 from eval.setup import (
     EVAL_RUNS,
+    GOES_ON,
     Models,
     about,
     add_data_options,
@@ -43,6 +44,7 @@ from eval.setup import (
 )
 from eval.summary import summarise
 from eval.tables import FRAME_SECONDS
+from eval.trainings import heard_before
 from moshi_ttt.errors import Parser, UserError, run_cli
 
 KEPT_SCORES = "nll"
@@ -109,6 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         rows=args.rows,
     )
     results |= about(models, arms, args, "eval.librilight", time.monotonic() - began)
+    results["unlike"] += heard_before(arms, books)
     results |= {"data": str(data)}
     results |= {
         "left_out": left_out,
@@ -165,4 +168,4 @@ def _generalisation(
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, GOES_ON)

@@ -34,7 +34,9 @@ def provenance(module: str, device: torch.device | None = None) -> dict[str, str
     code = ("moshi_ttt", "finetune", "eval", ":(exclude)eval/bench/results")
     dirty = " with changes" if git("status", "--porcelain", "--", *code) else ""
     cpu = platform.processor() or platform.machine()
-    machine = f"{cpu}, {torch.backends.cpu.get_cpu_capability()}, 1 thread"
+    threads = torch.get_num_threads()
+    machine = f"{cpu}, {torch.backends.cpu.get_cpu_capability()}, {threads} thread"
+    machine += "s" if threads > 1 else ""
     if device is not None and device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         machine = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"

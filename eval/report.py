@@ -8,7 +8,7 @@ from typing import Any
 
 from eval.generalisation import generalisation_notes, generalisation_table
 from eval.stats import RANGES, SCALAR
-from eval.tables import Rows, as_markdown, as_text
+from eval.tables import Rows, as_markdown, as_text, fact_rows
 from eval.verdict import HEADLINE, Results, findings, interval, judged, verdict
 
 UNITS = (
@@ -92,10 +92,16 @@ def notes(results: Results) -> list[str]:
         where = "" if len(found) == len(RANGES) else f" from {', '.join(found)}"
         names.setdefault((where, reason), []).append(kind)
     lines = [f"{', '.join(k)}{where}: {reason}" for (where, reason), k in names.items()]
+    frames = [item["frames"] for item in results["items"]]
+    if min(frames) < max(frames):
+        lines.append(
+            f"curves end with the shortest recording, of {min(frames)} frames; the longest has "
+            f"{max(frames)}"
+        )
     for arm in results["arms"].values():
         lines += [f"{arm['label']}, {item}: {why}" for item, why in arm["broken"].items()]
     lines += [f"{f['name']} was left out: {f['reason']}" for f in results.get("failed", [])]
-    return lines + results.get("unlike", [])
+    return lines + results.get("left_out", []) + results.get("unlike", [])
 
 
 def render(results: Results) -> str:
@@ -130,8 +136,8 @@ def markdown(results: Results, title: str, pictures: Sequence[str]) -> str:
     parts += [*_tables(results, as_markdown), *_lengths(results, as_markdown)]
     parts += ["Not there, or not alike:", _bullets(missing)] if missing else []
     parts += [measured(results)]
-    facts = [["", ""], *([key, f"`{value}`"] for key, value in results.get("facts", {}).items())]
-    parts += [as_markdown(facts)] if len(facts) > 1 else []
+    if facts := results.get("facts"):
+        parts.append(as_markdown(fact_rows(facts)))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -189,8 +195,8 @@ def measured(results: Results) -> str:
             f"distance from W0 {min(moved):.3g} to {max(moved):.3g}."
         )
     if memory := results.get("memory_bytes"):
-        start, end = (memory[key] / 2**20 for key in ("start", "end"))
-        lines.append(f"Memory in use: {start:.0f} MiB at the start, {end:.0f} MiB at the end.")
+        start, end = (memory[when] / 2**20 for when in ("start", "end"))
+        lines.append(f"Memory at start and end: {start:,.0f} and {end:,.0f} MiB.")
     broken = sum(len(arm["broken"]) for arm in results["arms"].values())
     lines.append(f"Recordings with an NLL that is no number: {broken}.")
     return " ".join(lines)

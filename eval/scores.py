@@ -16,6 +16,8 @@ from eval.perplexity import FRAMES_PER_CALL, Nll, Progress, score
 from eval.stats import Array
 
 KINDS = ("codebook0", "codebooks1_7", "text")
+BROKEN = "the NLL is no number"
+"""Why a mean is missing of which all scores are broken."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ class Scores:
     def ms_per_frame(self) -> list[float]:
         """Of every call."""
         return [ms for found in self.found for ms in found.ms_per_frame]
+
+    @property
+    def broken(self) -> bool:
+        """Whether an NLL is no number that should be one."""
+        return any(found.broken for found in self.found)
 
     def refuse_broken(self, items: Sequence[Item]) -> None:
         """See that every NLL that should be there is a finite number.

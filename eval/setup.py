@@ -27,9 +27,11 @@ from moshi_ttt import tiny
 from moshi_ttt.checkpoint import Described, describe
 from moshi_ttt.errors import Parser, UserError
 from moshi_ttt.files import newest_checkpoint
-from moshi_ttt.models import choose_device
+from moshi_ttt.models import choose_device, cpu_threads
 
 RUNS, EVAL_RUNS = Path("runs"), Path("runs/eval")
+GOES_ON = "what was scored is kept, the same command goes on from there"
+"""Said after Ctrl-C."""
 
 
 def add_model_options(p: Parser) -> None:
@@ -109,9 +111,15 @@ class Models:
         return window
 
     def open(self, arms: Sequence[Arm] | None = None) -> Iterator[tuple[Arm, LMModel]]:
-        """Each arm with its model, one model in memory at a time; see `eval.arms.open_arms`."""
+        """Each arm with its model, one model in memory at a time; see `eval.arms.open_arms`.
+
+        On a CPU the process then has as many threads as the model can use.
+        """
         arms = self.arms if arms is None else arms
-        return open_arms(arms, self.main.base, device=self.device, dtype=self.dtype)
+        for arm, lm in open_arms(arms, self.main.base, device=self.device, dtype=self.dtype):
+            if self.device.type == "cpu":
+                torch.set_num_threads(cpu_threads(lm))
+            yield arm, lm
 
     def keep(self, folder: Path, arm: Arm, **settings: Any) -> Keep:
         """Where the scores of an arm are kept; `settings` are all else that decides them."""
@@ -222,9 +230,19 @@ def about(
         "unlike": unlike(trainings, name),
         "facts": {
             **provenance(module, models.device),
-            "the recordings are": f"{'Moshi' if args.side == 'moshi' else 'the user'}'s side",
+            **side_fact(args.side),
             "seconds of scoring": round(seconds, 1),
         },
+    }
+
+
+def side_fact(side: str) -> dict[str, str]:
+    """Whose stream the recordings are, for a report; Moshi's alone is predicted."""
+    if side == "moshi":
+        return {"the recordings are": "Moshi's side"}
+    return {
+        "the recordings are": "the user's side; what is scored is Moshi's: of a mono recording, "
+        "silence"
     }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from eval.arms import KEPT, RESET, SHUFFLED, TRAINED, Arm
 from eval.perplexity import FRAMES_PER_CALL
-from eval.scores import KINDS, Item, Scores
+from eval.scores import BROKEN, KINDS, Item, Scores
 from eval.stats import (
     RANGES,
     RESAMPLES,
@@ -59,7 +59,7 @@ def summarise(
     }
     missing = {name: _why_missing(name, window, max(lengths)) for name in RANGES}
     estimates = _Estimates(speakers, missing, any(item.text_known for item in items))
-    said = {arm.name: s.missing for arm, s in scores.items()}
+    said = {arm.name: BROKEN if s.broken else s.missing for arm, s in scores.items()}
     return {
         "window_frames": window,
         "training_frames": training_frames,

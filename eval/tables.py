@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 FRAME_SECONDS = 0.08
 
 Rows = list[list[str]]
 """Cells of a table, the header first."""
+
+
+def fact_rows(values: Mapping[str, Any]) -> Rows:
+    """Names and values as a table without a header."""
+    return [["", ""], *([str(key), str(value)] for key, value in values.items())]
 
 
 def as_text(rows: Rows) -> str:

@@ -11,6 +11,9 @@ from eval.stats import SCALAR
 HEADLINE = "codebook0"
 FEWEST_SPEAKERS = 6
 """With fewer, even speakers who all agree do so by chance in more than 5 % of cases (2 / 2^n)."""
+TAKEN = 0.5
+"""A gain is taken away if the interval of what is left excludes this part of it; an interval that
+merely holds 0 may be a wide one."""
 NEEDED = {
     "b": "no checkpoint without memory was given",
     "d": "no checkpoint trained with writing off was given",
@@ -58,16 +61,28 @@ def _against(results: Results, letter: str, other: str) -> Finding:
     if found is None or not math.isfinite(found["low"]):
         reason = found["reason"] if found else "nothing to compare with"
         return Finding(None, f"({letter}) {label}: cannot be judged: {reason}.")
-    size = f"{abs(found['mean']):.4f} nats a frame {interval(found)}{_beyond(results, other)}"
+    if few := _too_few(_speakers(results, "kept", other)):
+        return Finding(None, f"({letter}) {label}: cannot be judged: {few}.")
+    size = f"{found['mean']:+.4f} nats a frame {interval(found)}{_beyond(results, other)}"
     if found["high"] < 0:
-        return Finding(True, f"({letter}) Better than {label}, by {size}.")
+        return Finding(True, f"({letter}) Better than {label}: {size}.")
     if found["low"] > 0:
-        return Finding(False, f"({letter}) WORSE than {label}, by {size}.")
-    return Finding(
-        False,
-        f"({letter}) No difference is shown to {label}: {found['mean']:+.4f} {interval(found)}"
-        f"{_beyond(results, other)}.",
-    )
+        return Finding(False, f"({letter}) WORSE than {label}: {size}.")
+    return Finding(False, f"({letter}) No difference is shown to {label}: {size}.")
+
+
+def _speakers(results: Results, *arms: str) -> int:
+    """Speakers of the recordings that have the scalar in all these arms."""
+    recordings = [results["arms"][arm]["recordings"] for arm in arms]
+    return len({
+        item["speaker"] for item in results["items"]
+        if all(math.isfinite(r[item["name"]][HEADLINE][SCALAR]) for r in recordings)
+    })  # fmt: skip
+
+
+def _too_few(speakers: int) -> str:
+    few = f"{speakers} speakers are too few to judge by; it takes {FEWEST_SPEAKERS}"
+    return few if speakers < FEWEST_SPEAKERS else ""
 
 
 def _beyond(results: Results, other: str) -> str:
@@ -84,18 +99,28 @@ def _what_is_left(results: Results) -> Finding:
     if left is None or gain is None or not math.isfinite(left["low"]):
         reason = left["reason"] if left else NEEDED["e"]
         return Finding(None, f"(f) what another recording's history leaves: {reason}.")
+    if few := _too_few(_speakers(results, "kept", "shuffled", "reset")):
+        return Finding(None, f"(f) what another recording's history leaves: {few}.")
     size = f"{left['mean']:+.4f} nats {interval(left)}"
-    if left["high"] >= 0:
+    if not gain["high"] < 0:
+        return Finding(None, "(f) There is no gain over the reset for another history to take.")
+    share = left["mean"] / gain["mean"]
+    part = f"{size}, {share:.0%} of it" if share > 0 else size
+    if left["high"] < 0:
         return Finding(
-            True,
-            f"(f) With another recording's history nothing of the gain over the reset is left: "
-            f"{size}.",
+            False,
+            "(f) With another recording's history some of the gain over the reset is left: "
+            f"{part}; that part is no memory of the recording.",
         )
-    part = f", {left['mean'] / gain['mean']:.0%} of it" if gain["mean"] < 0 else ""
+    if left["low"] <= TAKEN * gain["mean"]:
+        return Finding(
+            None,
+            "(f) Whether another recording's history takes the gain over the reset away cannot be "
+            f"told, half of it may be left: {part}.",
+        )
     return Finding(
-        False,
-        f"(f) With another recording's history some of the gain over the reset is left: "
-        f"{size}{part}; that part is no memory of the recording.",
+        True,
+        f"(f) Another recording's history takes the gain over the reset away; left is {part}.",
     )
 
 
@@ -106,16 +131,13 @@ def judged(results: Results) -> bool:
 
 def verdict(results: Results) -> str:
     """One sentence that follows from the numbers, whoever wins."""
-    speakers = len({item["speaker"] for item in results["items"]})
     if not judged(results):
-        return _plain(results, speakers)
+        return _plain(results)
     scalar = results["arms"]["kept"]["ranges"][HEADLINE][SCALAR]
     if not math.isfinite(scalar["mean"]):
         return f"No verdict: from 1x to 4x of the window, {scalar['reason']}."
-    if speakers < FEWEST_SPEAKERS:
-        return (
-            f"No verdict: {speakers} speakers are too few to judge by; it takes {FEWEST_SPEAKERS}."
-        )
+    if few := _too_few(_speakers(results, "kept")):
+        return f"No verdict: {few}."
     found = findings(results)
     where = f"beyond the window (1x to 4x, codebook 0, {scalar['n']} recordings)"
     if any(f.holds is False for f in found):
@@ -132,7 +154,7 @@ def verdict(results: Results) -> str:
     )
 
 
-def _plain(results: Results, speakers: int) -> str:
+def _plain(results: Results) -> str:
     """For two arms without a memory to judge: which is better."""
     first = next((d for d in results["differences"]), None)
     if first is None:
@@ -141,15 +163,13 @@ def _plain(results: Results, speakers: int) -> str:
     one, other = (results["arms"][first[k]]["label"] for k in ("arm", "minus"))
     if not math.isfinite(found["mean"]):
         return f"No verdict: from 1x to 4x of the window, {found['reason']}."
-    if speakers < FEWEST_SPEAKERS or not math.isfinite(found["low"]):
-        return (
-            f"No verdict: {speakers} speakers are too few to judge by; it takes {FEWEST_SPEAKERS}."
-        )
-    size = f"{abs(found['mean']):.4f} nats a frame {interval(found)}"
+    if few := _too_few(_speakers(results, first["arm"], first["minus"])):
+        return f"No verdict: {few}."
+    size = f"{found['mean']:+.4f} nats a frame {interval(found)}"
     if found["high"] < 0:
-        said = f"{one} predicts codebook 0 better than {other}, by {size}"
+        said = f"{one} predicts codebook 0 better than {other}: {size}"
     elif found["low"] > 0:
-        said = f"{one} predicts codebook 0 WORSE than {other}, by {size}"
+        said = f"{one} predicts codebook 0 WORSE than {other}: {size}"
     else:
         said = f"no difference is shown between {one} and {other}: {size}"
     return f"Beyond the window (1x to 4x), {said}."

@@ -23,8 +23,10 @@ from eval.keep import Found
 from eval.length_plot import generalisation_figure
 from eval.output import PAGE, memory_in_use, write_results
 from eval.panel import choose, make_items, read_panel
+from eval.provenance import provenance
 from eval.report import render
 from eval.scores import KINDS, Item, Scores, evaluate
+from eval.setup import side_fact
 from eval.stats import SCALAR, Array
 from eval.summary import summarise
 from eval.tables import FRAME_SECONDS
@@ -56,7 +58,7 @@ class Evaluation:
         here: this rank; recordings are shared out among all of them.
 
     Raises:
-        UserError: the base's attention has no window.
+        UserError: the base's attention has no window, or a held-out recording is there twice.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Evaluation:
         window_of(base)
         if held_out:
             books = [r for s in held_out for r in s.recordings][: args.eval.max_items]
+            _refuse_twice(books)
             self.held_out = self._items(books, cache, tokenizer)
         if panel:
             self.panel = self._items(panel, cache, tokenizer)
@@ -119,16 +122,19 @@ class Evaluation:
         items = self.panel or self.held_out
         if not items:
             return ["not evaluated: neither eval.librilight_data nor data.eval_data is given"]
+        device, before = self.here.device, memory_in_use(self.here.device)
         with whole(model), _finite("after training"):
             scores = self._share(model.lm, items)
-        lines = self._report(scores, items, run_dir, metrics, step) if self.here.first else []
+            memory = {"start": before, "end": memory_in_use(device)}
+        lines: list[str] = []
+        if self.here.first:
+            lines = self._report(scores, items, memory, run_dir, metrics, step)
         self.here.wait()
         return lines
 
     def _share(self, lm: LMModel, items: Sequence[Item]) -> dict[Arm, Scores]:
         """Score all items, each rank its part; every rank gets all scores."""
         arms = [BASE, KEPT, RESET] if self.args.ttt is not None else [BASE, TRAINED]
-        stock = load_base(self.base, device=lm.device, dtype=lm.dtype)
         here, mine = self.here, items[self.here.rank :: self.here.size]
         found: dict[str, list[Found]] = {}
         total = len(arms) * sum(item.frames for item in mine)
@@ -136,10 +142,14 @@ class Evaluation:
             total=total, desc="scoring", unit="frame", unit_scale=True, disable=not here.first
         ) as bar:
             for arm in arms:
+                stock = arm is BASE
+                scored = load_base(self.base, device=lm.device, dtype=lm.dtype) if stock else lm
                 scores = score_arm(
-                    stock if arm is BASE else lm, arm, mine, window_of(self.base),
+                    scored, arm, mine, window_of(self.base),
                     frames_per_call=self.args.eval.frames_per_call, progress=bar.update,
                 )  # fmt: skip
+                if stock:
+                    scored.to("meta")  # its room is for the others, whoever still holds it
                 scores.refuse_broken(mine)
                 found[arm.name] = scores.found
         parts = here.gather(found)
@@ -152,6 +162,7 @@ class Evaluation:
         self,
         scores: dict[Arm, Scores],
         items: Sequence[Item],
+        memory: dict[str, int],
         run_dir: Path,
         metrics: Metrics,
         step: int,
@@ -161,6 +172,9 @@ class Evaluation:
         results = summarise(
             scores, items, window, training_frames=segment, frames_per_call=per_call
         )
+        results["memory_bytes"] = memory
+        side = side_fact(self.args.data.mono_side)
+        results["facts"] = provenance("finetune.train", self.here.device) | side
         length = results["length"] = generalise(scores, items, segment)
         name = f"{run_dir.name}_length"
         more = {name: generalisation_figure(length, run_dir.name, window)}
@@ -185,6 +199,17 @@ def panel_of(args: TrainArgs, base: Base) -> list[Recording]:
         return []
     books = _long_enough(args.eval.librilight_data, 4 * window_of(base) * FRAME_SECONDS)
     return choose(books, 0.0, args.eval.max_items)[0]
+
+
+def _refuse_twice(books: Sequence[Recording]) -> None:
+    """Two of one name cannot be told apart in a report, which comes after hours of training."""
+    seen: dict[str, str] = {}
+    for book in books:
+        if book.name in seen:
+            raise UserError(
+                f"{book.where}: data.eval_data has {book.name} twice, first in {seen[book.name]}"
+            )
+        seen[book.name] = book.where
 
 
 def wanted(args: TrainArgs) -> bool:

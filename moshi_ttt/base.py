@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from moshi.models.lm import LMModel
 from moshi.models.loaders import CheckpointInfo, get_moshi_lm
 from safetensors import safe_open
@@ -95,7 +96,7 @@ def find_base(
             # moshi takes an unreachable hub for a repository without config.json: ask first
             given["config_path"] = Path(hf_hub_download(str(name), CONFIG_FILE))
         info = CheckpointInfo.from_hf_repo(str(name), **given)
-    except (OSError, ConnectionError) as error:
+    except (OSError, ConnectionError, HFValidationError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"base {name}: the Hugging Face hub cannot be reached or has no such file ({reason}); "

@@ -135,6 +135,8 @@ def write_consolidated(
         "full": full,
         "ttt": None,
     }
+    if full:  # the fingerprint above is of its own weights
+        about["base"]["stock"] = fingerprint(base.info.moshi_weights)
     if isinstance(lm, HybridLMModel):
         about["ttt"] = lm.ttt_config.to_dict()
         _save(ttt_state_dict(lm), out / TTT_FILE)

@@ -46,16 +46,17 @@ def no_space_left(error: BaseException) -> bool:
     )
 
 
-def run_cli(main: Callable[[], object]) -> None:
+def run_cli(main: Callable[[], object], interrupted: str | None = None) -> None:
     """Run a command line's body; a user's mistake becomes one line on stderr and exit status 2.
 
     An error that nobody foresaw keeps its traceback.
 
     Args:
         main: the body, without arguments: `run_cli(lambda: fire.Fire(train))`.
+        interrupted: a line to say after Ctrl-C; None leaves that to the caller.
 
     Raises:
-        SystemExit: status 2, after a `UserError` or a full disk.
+        SystemExit: status 2, after a `UserError` or a full disk; 130, after Ctrl-C.
     """
     try:
         main()
@@ -66,6 +67,11 @@ def run_cli(main: Callable[[], object]) -> None:
             raise
         name = getattr(error, "filename", None)
         line = f"no space left on the device{f' for {name}' if name else ''}: {error}"
+    except KeyboardInterrupt:
+        if interrupted is None:
+            raise
+        sys.stderr.write(f"\ninterrupted: {interrupted}\n")
+        sys.exit(130)
     else:
         return
     sys.stderr.write(f"error: {line}\n")

@@ -50,3 +50,15 @@ def test_other_errors_keep_their_traceback(error):
 
 def test_nothing_wrong_returns():
     assert run_cli(lambda: None) is None
+
+
+def test_ctrl_c_is_a_line_where_one_is_given(capsys):
+    def stopped():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as left:
+        run_cli(stopped, "goes on from there")
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "\ninterrupted: goes on from there\n"
+    with pytest.raises(KeyboardInterrupt):
+        run_cli(stopped)

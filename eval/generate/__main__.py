@@ -175,4 +175,4 @@ def _about(models: Models, args: argparse.Namespace, seconds: float) -> dict[str
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, "it starts from the beginning")

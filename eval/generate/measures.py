@@ -103,7 +103,7 @@ def measured(run: Run, plan: Plan) -> dict[str, Any]:
         "state_norm": run.state_norm, "state_moved": run.state_moved
     }  # fmt: skip
     for kind, found in blocks.items():
-        if not found:
+        if not found and not run.broken:
             missing[kind] = {"all": "the model has no memory"}
         for norms in found.values():
             squares = np.nan_to_num(values[kind][:, : norms.shape[1]]) ** 2

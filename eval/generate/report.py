@@ -16,7 +16,7 @@ from eval.generate.measures import JUDGED, MEASURES, SILENT_DBFS
 from eval.html import document, facts, html_table, items, picture
 from eval.output import PAGE, REPORT, RESULTS, save_figure, write_json
 from eval.plot import arm_styles, new_figure
-from eval.tables import FRAME_SECONDS, Rows, as_markdown
+from eval.tables import FRAME_SECONDS, Rows, as_markdown, fact_rows
 from eval.verdict import FEWEST_SPEAKERS as FEWEST_STREAMS
 from eval.verdict import Results, interval
 from moshi_ttt.files import written_whole
@@ -208,7 +208,10 @@ def render(results: Results, table: Callable[[Rows], str], *, by_bin: bool) -> s
         parts += [f"By bin, {MEASURES[measure]}:", table(bin_table(results, measure))]
     if lines := missing(results):
         parts += ["Not there:", "\n".join(f"- {line}" for line in lines)]
-    return "\n\n".join([*parts, measured(results)])
+    parts.append(measured(results))
+    if made := results.get("facts"):
+        parts.append(table(fact_rows(made)))
+    return "\n\n".join(parts)
 
 
 def page(results: Results, title: str, svg: bytes) -> str:

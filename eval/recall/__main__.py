@@ -30,6 +30,7 @@ from eval.recall.report import page, render
 from eval.scores import Item
 from eval.setup import (
     EVAL_RUNS,
+    GOES_ON,
     Models,
     about,
     add_data_options,
@@ -177,4 +178,4 @@ def _write(results: Results, out: Path, title: str) -> list[Path]:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, GOES_ON)

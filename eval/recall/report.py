@@ -10,7 +10,7 @@ from typing import Any
 from eval.html import document, facts, html_table, items, picture
 from eval.recall.hearings import FRAME_RATE
 from eval.report import KIND_NAMES
-from eval.tables import Rows
+from eval.tables import Rows, fact_rows
 from eval.verdict import FEWEST_SPEAKERS, HEADLINE, NEEDED, Results, interval
 
 JUDGED_BY = ("a", "b", "d", "e")
@@ -146,7 +146,7 @@ def notes(results: Results) -> list[str]:
     letters = {arm["letter"] for arm in results["arms"].values()}
     if "c" in letters:
         lines += [f"({x}) is missing: {NEEDED[x]} (--baseline)." for x in "bd" if x not in letters]
-    return lines + results.get("unlike", [])
+    return lines + results.get("left_out", []) + results.get("unlike", [])
 
 
 def sections(results: Results) -> list[tuple[str, Rows]]:
@@ -171,7 +171,10 @@ def render(results: Results, table: Callable[[Rows], str]) -> str:
     for title, rows in sections(results):
         parts += [f"{title}:", table(rows)]
     parts += [f"- {line}" for line in notes(results)]
-    return "\n\n".join([*parts, measured(results)])
+    parts.append(measured(results))
+    if made := results.get("facts"):
+        parts.append(table(fact_rows(made)))
+    return "\n\n".join(parts)
 
 
 def page(results: Results, title: str, svg: bytes) -> str:

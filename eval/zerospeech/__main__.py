@@ -174,4 +174,4 @@ def _score(
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, "it starts from the beginning")

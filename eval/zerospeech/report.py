@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from eval.stats import RESAMPLES, SEED, Array, bootstrap
+from eval.tables import fact_rows
 from eval.zerospeech.sets import BANDS, IN_VOCABULARY, Pair
 
 ALL, BASE, TRAINED = "all", "base", "trained"
@@ -173,6 +174,8 @@ def render(results: Results, table: Table) -> str:
     if left := results["left_out"]:
         more = [f"and {len(left) - MOST_LINES} more"] if len(left) > MOST_LINES else []
         parts.append("\n".join([f"Left out ({len(left)}):", *left[:MOST_LINES], *more]))
+    if made := results.get("facts"):
+        parts.append(table(fact_rows(made)))
     return "\n\n".join(parts)
 
 

@@ -95,10 +95,15 @@ def read_sources(text: str) -> list[Source]:
         UserError: nothing named, a weight not above 0, a manifest named twice or not there, and
             whatever is wrong in one.
     """
-    return [Source(path, w, tuple(read_manifest(path))) for path, w in _parse_sources(text)]
+    return [Source(path, w, tuple(read_manifest(path))) for path, w in parse_sources(text)]
 
 
-def _parse_sources(text: str) -> list[tuple[Path, float]]:
+def parse_sources(text: str) -> list[tuple[Path, float]]:
+    """The manifests that a text names and their weights, not read; see `read_sources`.
+
+    Raises:
+        UserError: nothing named, a weight not above 0, a manifest named twice or not there.
+    """
     sources: list[tuple[Path, float]] = []
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, colon, tail = item.rpartition(":")

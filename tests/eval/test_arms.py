@@ -1,5 +1,6 @@
 import json
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,12 +8,31 @@ import numpy as np
 import pytest
 import torch
 
-from eval.arms import BASE, KEPT, OFF, RESET, SHUFFLED, TRAINED, Arm, lenders, score_arm
+import eval.arms
+from eval.arms import (
+    BASE,
+    KEPT,
+    OFF,
+    RESET,
+    SHUFFLED,
+    TRAINED,
+    WIDE,
+    Arm,
+    lenders,
+    open_arms,
+    score_arm,
+)
+from eval.generalisation import generalise
 from eval.keep import Keep
 from eval.perplexity import score
 from eval.scores import Item, evaluate
 from eval.summary import summarise
+from moshi_ttt.base import find_base, load_base
+from moshi_ttt.checkpoint import save_checkpoint
+from moshi_ttt.config import TTTConfig
+from moshi_ttt.hybrid import splice
 from moshi_ttt.states import attach_ttt_states, save_ttt_states
+from moshi_ttt.tiny import build_base
 from tests.eval.tiny_lm import CONTEXT, make_codes, make_lm
 
 
@@ -192,6 +212,12 @@ def test_what_is_no_number_is_nan_with_a_reason_and_never_in_a_mean():
     others = [arm["recordings"][r]["codebook0"]["1x-4x"] for r in ("r0", "r2")]
     assert arm["ranges"]["codebook0"]["1x-4x"]["mean"] == pytest.approx(np.mean(others))
     assert found["differences"][0]["ranges"]["codebook0"]["1x-4x"]["n"] == 2
+    worse = evaluate(broken, [items[1]])
+    found = summarise({BASE: worse}, [items[1]], CONTEXT)
+    reason = "the NLL is no number"
+    assert found["arms"]["base"]["ranges"]["codebook0"]["1x-4x"]["reason"] == reason
+    length = generalise({BASE: worse}, [items[1]], CONTEXT)
+    assert length["arms"]["base"]["named"]["1x"]["reason"] == reason
 
 
 def test_kept_scores_are_used_and_are_the_same(lm, tmp_path: Path):
@@ -217,3 +243,29 @@ def test_kept_scores_are_used_and_are_the_same(lm, tmp_path: Path):
 
 def test_results_are_plain_values(results):
     assert json.loads(json.dumps(results))["window_frames"] == CONTEXT
+
+
+def test_the_weights_of_one_model_are_in_memory_at_a_time(tmp_path, monkeypatch):
+    base = find_base(build_base(tmp_path / "base", dim=32, layers=1, context=CONTEXT))
+    lm = load_base(base, dtype=torch.float32)
+    splice(lm, TTTConfig(layers="all", chunk_size=4))
+    save_checkpoint(lm, tmp_path / "c", base)
+    held: list[weakref.ref[torch.Tensor]] = []
+    names = []
+
+    def alone(load):
+        def loaded(*args, **how):
+            assert not any(tensor() is not None for tensor in held)
+            return load(*args, **how)
+
+        return loaded
+
+    for name in ("load", "load_base"):
+        monkeypatch.setattr(f"eval.arms.{name}", alone(getattr(eval.arms, name)))
+    ours = [replace(arm, checkpoint=tmp_path / "c") for arm in (KEPT, OFF)]
+    for arm, model in open_arms([BASE, *ours, WIDE], base, dtype=torch.float32):
+        score_arm(model, arm, make_items(1, frames=CONTEXT), CONTEXT)
+        held += [weakref.ref(tensor) for tensor in model.parameters()]
+        names.append(arm.name)
+    assert names == ["base", "kept", "off", "wide"]
+    assert len(held) > 40

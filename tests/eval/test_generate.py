@@ -353,6 +353,7 @@ def test_a_model_that_is_broken(work, capsys, tmp_path):
     results = json.loads((out / "results.json").read_text())
     why = "the model's output is no number at frame 0, stream 1"
     assert results["arms"]["kept"]["missing"]["entropy"]["1"] == why
+    assert results["arms"]["kept"]["missing"]["state_norm"] == dict.fromkeys("1234", why)
     assert results["arms"]["kept"]["measures"]["entropy"]["mean"] == [None] * 4
     assert results["arms"]["base"]["measures"]["entropy"]["mean"][0] > 0
     assert "NOT JUDGED, their output broke: memory kept" in capsys.readouterr().out

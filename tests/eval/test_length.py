@@ -144,6 +144,20 @@ def test_the_command_uses_the_runs_own_configuration(run, monkeypatch, capsys):
         length.main(["--out", str(out), "--device", "cpu"])
 
 
+def test_a_speakers_recording_that_is_long_enough_is_taken(run, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(run)
+    for i in range(7):
+        speak(tmp_path / f"d/small/{i}/a/part_1.flac", 1.8, seed=i, speaker=str(i))
+        speak(tmp_path / f"d/small/{i}/b/part_1.flac", 0.6, seed=9 + i, speaker=str(i))
+    options = ["--data", str(tmp_path / "d"), "--device", "cpu", "--encode-workers", "1"]
+    length.main([*options, "--out", str(tmp_path / "o")])
+    results = json.loads((tmp_path / "o/results.json").read_text())
+    assert results["recordings"]
+    assert all(name.endswith("/a") for name in results["recordings"])
+    assert results["covered"] == pytest.approx([0.5, 10])
+    assert "7 of 14 recordings are shorter than 1.6 s and left out" in capsys.readouterr().out
+
+
 def test_a_checkpoint_that_lies_alone_needs_to_be_told(run, monkeypatch, tmp_path):
     monkeypatch.chdir(run)
     base = find_base(run / "base")
@@ -155,7 +169,32 @@ def test_a_checkpoint_that_lies_alone_needs_to_be_told(run, monkeypatch, tmp_pat
         length.main(options)
     with pytest.raises(UserError, match=r"--wandb p: .* is not in a run's folder"):
         length.main([*options, "--segment-seconds", "0.2", "--wandb", "p"])
+    assert not (run / "runs/eval/alone-length").exists()  # refused before anything was scored
     length.main([*options, "--segment-seconds", "0.2", "--out", str(tmp_path / "o")])
     results = json.loads((tmp_path / "o/results.json").read_text())
     assert results["segment_frames"] == 2
     assert list(results["arms"]) == ["base", "trained"]
+
+
+def test_a_model_whose_output_is_no_number_is_said_and_the_others_are_scored(
+    run, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(run)
+    base = find_base(run / "base")
+    lm = load_base(base, dtype=torch.float32)
+    add_lora(lm, 2, 2.0)
+    for name, weight in lm.named_parameters():
+        if "lora" in name:
+            weight.data.fill_(float("nan"))
+    save_checkpoint(lm, tmp_path / "nan", base)
+    options = ["--checkpoint", str(tmp_path / "nan"), "--data", "speech", "--device", "cpu"]
+    with pytest.raises(SystemExit) as left:
+        length.main([*options, "--segment-seconds", "0.2", "--out", str(tmp_path / "o")])
+    assert left.value.code == 1
+    said = capsys.readouterr().out
+    assert "trained model (no memory), 0/book: the NLL of codebook 0 (0 is text), frame 0" in said
+    assert "0 recordings could not be read, 7 scores are no number" in said
+    results = json.loads((tmp_path / "o/results.json").read_text())
+    assert len(results["broken"]) == 7
+    assert results["arms"]["trained"]["named"]["1x"]["mean"] is None
+    assert results["arms"]["base"]["named"]["1x"]["mean"] > 1

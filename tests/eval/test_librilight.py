@@ -21,7 +21,7 @@ from finetune.encode import main as encode
 from moshi_ttt.base import find_base, load_base
 from moshi_ttt.checkpoint import load, save_checkpoint
 from moshi_ttt.config import TTTConfig
-from moshi_ttt.errors import run_cli
+from moshi_ttt.errors import UserError, run_cli
 from moshi_ttt.hybrid import splice
 from moshi_ttt.lora import add_lora
 from moshi_ttt.tiny import build_base
@@ -126,6 +126,31 @@ def test_a_checkpoint_without_memory_against_its_base(work, capsys, tmp_path):
     assert "no difference is shown between trained model (no memory) and stock base" in (
         capsys.readouterr().out
     )
+
+
+def test_a_fully_finetuned_model_is_compared_with_others_of_its_base(work, tmp_path):
+    base = find_base(work / "base")
+    lm = load_base(base, dtype=torch.float32)
+    with torch.no_grad():
+        lm.out_norm.alpha.mul_(1.5)
+    save_checkpoint(lm, tmp_path / "full", base, full=True)
+    full = str(tmp_path / "full")
+    for ours, theirs, arms in (
+        (A, full, "base,full"),
+        (full, LORA, "base,lora-10,trained"),  # lora_B is 0: it is the base
+    ):
+        out = tmp_path / arms
+        run("--checkpoint", ours, "--baseline", theirs, "--out", str(out), "--arms", arms)
+        found = json.loads((out / "results.json").read_text())["arms"]
+        assert list(found) == arms.split(",")
+        scalars = [arm["ranges"]["codebook0"]["1x-4x"]["mean"] for arm in found.values()]
+        assert len({round(scalar, 4) for scalar in scalars}) == 2
+    about = tmp_path / "full/consolidated/ttt.json"
+    said = json.loads(about.read_text())
+    del said["base"]["stock"]
+    about.write_text(json.dumps(said))
+    with pytest.raises(UserError, match="does not say of which base it is"):
+        run("--checkpoint", A, "--baseline", full, "--out", str(tmp_path / "q"))
 
 
 def test_a_manifest_and_the_users_side(work, tmp_path):

@@ -12,7 +12,7 @@ from eval.report import arm_table, conditions, main_difference, markdown, notes,
 from eval.scores import KINDS, Item, Scores
 from eval.summary import summarise
 from eval.tables import as_markdown, as_text
-from eval.verdict import findings, verdict
+from eval.verdict import difference, findings, verdict
 from moshi_ttt.errors import UserError
 from tests.eval.tiny_lm import make_codes
 
@@ -25,19 +25,23 @@ ARMS = {arm.name: arm for arm in (BASE, WIDE, KEPT, RESET, SHUFFLED, OFF, TRAINE
 }
 
 
-def made_up(arms, count=8, frames=60, spread=0.02):
-    """Results in which arm `a` has the mean NLL `arms[a]` beyond the window, and 3.0 within."""
+def made_up(arms, count=8, frames=60, spread=0.02, short=0):
+    """Results in which arm `a` has the mean NLL `arms[a]` beyond the window, and 3.0 within.
+
+    The first `short` recordings end before the scalar's range does.
+    """
     rng = np.random.default_rng(0)
-    items = [Item(f"r{i}", f"s{i}", make_codes(frames)[0]) for i in range(count)]
+    lengths = [2 * WINDOW if i < short else frames for i in range(count)]
+    items = [Item(f"r{i}", f"s{i}", make_codes(n)[0]) for i, n in enumerate(lengths)]
     scores = {}
     for name, mean in arms.items():
         found = []
-        for _ in items:
+        for length in lengths:
             nll = {}
             for kind in KINDS:
-                values = np.full(frames, mean) + rng.normal(0, spread, frames)
+                values = np.full(length, mean) + rng.normal(0, spread, length)
                 values[:WINDOW] = 3.0
-                nll[kind] = np.full(frames, np.nan) if kind == "text" else values
+                nll[kind] = np.full(length, np.nan) if kind == "text" else values
             norms = ({"b": 2.0}, {"b": 1.0}) if name == "kept" else ({}, {})
             found.append(Found(nll, [1.0, 2.0], *norms))
         scores[ARMS[name]] = Scores(found)
@@ -78,7 +82,7 @@ def test_a_memory_earns_its_claim_by_every_condition():
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"lora": 2.9}, "does not hold: (b) WORSE than lora: no memory, by 0.10"),
+        ({"lora": 2.9}, "does not hold: (b) WORSE than lora: no memory: +0.10"),
         ({"lora": 3.0}, "does not hold: (b) No difference is shown to lora: no memory: "),
         ({"unwritten": 2.9}, "does not hold: (d) WORSE than unwritten"),
         ({"reset": 2.9}, "does not hold: (e) WORSE than memory reset every window"),
@@ -127,6 +131,50 @@ def test_no_verdict_without_what_it_takes():
         assert said in verdict(made_up({"base": 3.1, "trained": trained}))
 
 
+@pytest.mark.parametrize("arms", [ALL, {"base": 3.2, "trained": 3.0}])
+def test_speakers_whose_recordings_end_before_the_scalar_are_none_to_judge_by(arms):
+    said = "No verdict: 5 speakers are too few to judge by; it takes 6."
+    assert verdict(made_up(arms, count=10, short=5)) == said
+    assert not verdict(made_up(arms, count=11, short=5)).startswith("No verdict")
+
+
+def test_a_difference_is_judged_by_the_speakers_that_both_arms_have():
+    results = made_up(ALL)
+    for name in ("r0", "r1", "r2"):
+        results["arms"]["lora"]["recordings"][name]["codebook0"]["1x-4x"] = np.nan
+    assert findings(results)[0].holds is None
+    assert "5 speakers are too few" in findings(results)[0].text
+    assert findings(results)[1].holds
+
+
+def test_a_difference_has_the_sign_of_its_interval():
+    found = difference(made_up(ALL), "kept", "lora")
+    assert found is not None
+    size = f"{found['mean']:+.4f} nats a frame [{found['low']:+.4f}, {found['high']:+.4f}]"
+    assert f"(b) Better than lora: no memory: {size}" in conditions(made_up(ALL))[0]
+
+
+def test_a_wide_interval_is_no_sign_that_a_gain_was_taken_away():
+    """Half of it is left on average, and nothing of it is certain."""
+    results = made_up(ALL | {"shuffled": 3.06}, spread=0.001)
+    left = difference(results, "shuffled", "reset")
+    assert left is not None
+    left |= {"low": -0.09, "high": 0.01}
+    *others, last = findings(results)
+    assert all(f.holds for f in others)
+    assert last.holds is None
+    assert "cannot be told, half of it may be left: -0.0" in last.text
+    assert "cannot be judged in full" in verdict(results)
+
+
+def test_where_there_is_no_gain_no_history_takes_it_away():
+    results = made_up(ALL | {"reset": 3.0, "shuffled": 3.0}, spread=0.2)
+    *_, last = findings(results)
+    assert last.holds is None
+    assert last.text == "(f) There is no gain over the reset for another history to take."
+    assert verdict(results).startswith("The memory does NOT earn its claim")
+
+
 def test_what_is_missing_is_said():
     results = made_up({"base": 3.0, "kept": 3.0, "reset": 3.1}, frames=30)
     assert notes(results) == [
@@ -135,9 +183,25 @@ def test_what_is_missing_is_said():
         "codebook0, codebooks1_7 from 4x-end: no recording reaches frame 41: the longest has 30",
         "text: no transcript",
     ]
+    uneven = notes(made_up({"base": 3.0}, short=1))
+    assert "curves end with the shortest recording, of 20 frames; the longest has 60" in uneven
     assert range_table(results)[4][-1] == "-"
     assert "\n- codebook0, codebooks1_7 from 2x-4x" in render(results)
     assert "Not there, or not alike:\n\n- codebook0" in markdown(results, "x", [])
+
+
+def test_a_report_says_how_it_was_made_and_what_was_left_out(tmp_path):
+    results = made_up({"base": 3.2, "kept": 3.0, "reset": 3.1})
+    results |= {"facts": {"the recordings are": "Moshi's side", "commit": "abc"}}
+    results |= {"left_out": ["2 of 10 recordings are shorter"]}
+    results |= {"memory_bytes": {"start": 2**30, "end": 3 * 2**20}}
+    write_results(results, tmp_path / "out", "a run")
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / "out" / name).read_text().replace("&#x27;", "'")
+        assert "Moshi's side" in text
+        assert "abc" in text
+        assert "2 of 10 recordings are shorter" in text
+        assert "Memory at start and end: 1,024 and 3 MiB." in text
 
 
 def test_baselines_are_arms(tmp_path):

@@ -1,5 +1,6 @@
 """How arms were trained: what a report says of it, and that the shipped arms are alike."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,13 +8,15 @@ import torch
 import yaml
 
 from eval.arms import BASE, KEPT, Arm
-from eval.trainings import run_of, training_of, unlike
+from eval.panel import read_panel
+from eval.trainings import heard_before, run_of, training_of, unlike
 from finetune.load_args import load_args
 from moshi_ttt.base import find_base, load_base
 from moshi_ttt.checkpoint import save_checkpoint
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.hybrid import splice
 from moshi_ttt.lora import add_lora
+from tests.eval.test_panel import speak
 from tests.small import small_base
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -77,3 +80,38 @@ def test_what_is_known_of_a_training(tmp_path):
     assert any(line.startswith("other has ") and "trained parameters" in line for line in lines)
     assert "alone: its seed is not known to be that of ours" in lines
     assert unlike(found, KEPT.name) == []
+
+
+def test_recordings_and_speakers_that_were_trained_on_are_said(tmp_path):
+    lines = []
+    for i in range(4):
+        speak(tmp_path / f"{i}.wav", 0.5, seed=i)
+        lines.append({"path": f"{i}.wav", "duration": 0.5, "speaker": f"s{i % 3}"})
+
+    def manifest(name, *which):
+        file = tmp_path / name
+        file.write_text("".join(json.dumps(lines[i]) + "\n" for i in which))
+        return str(file)
+
+    panel = read_panel(manifest("panel.jsonl", 0, 1, 2))
+    base = find_base(small_base(tmp_path / "base"))
+    arms = []
+    for name, data in (
+        ("clean", manifest("clean.jsonl")),
+        ("dirty", manifest("dirty.jsonl", 1, 3)),  # 3 is of the speaker of 0
+        ("gone", "nowhere.jsonl"),
+        ("alone", None),
+    ):
+        config = None if data is None else {"data": {"train_data": data}}
+        place, _ = saved(tmp_path / name, base, 2, memory=False, config=config)
+        arms.append(Arm(name, name, "", place.parent))
+    said = heard_before([BASE, *arms], panel)
+    assert said[0] == f"dirty WAS TRAINED on 1 of these 3 recordings, {tmp_path}/1.wav is one"
+    assert said[1] == (
+        "dirty WAS TRAINED on other speech of the speakers of 1 of these 3 recordings, "
+        f"{tmp_path}/0.wav is one"
+    )
+    assert said[2].startswith("gone: not known if it was trained on these recordings: data source")
+    assert said[3].endswith("alone/checkpoints/checkpoint_000007: not known if it was trained on "
+                            "these recordings")  # fmt: skip
+    assert len(said) == 4

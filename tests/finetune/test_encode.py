@@ -286,3 +286,5 @@ def test_what_is_refused(audio, base, encoded, tmp_path):
     refused("no such file of codes", manifest, out)
     with pytest.raises(UserError, match="no such folder, and not a hub repository"):
         main([str(manifest), str(tmp_path / "n"), "--base", "nowhere"])
+    with pytest.raises(UserError, match=r"base /nowhere: .*hub cannot be reached or has no such"):
+        main([str(manifest), str(tmp_path / "n"), "--base", "/nowhere"])

@@ -108,6 +108,15 @@ def test_a_panel_that_is_too_short_or_not_there(world, tmp_path):
 # -- the run itself --------------------------------------------------------------------------------
 
 
+def test_a_held_out_recording_that_is_there_twice_is_refused_before_training(world, tmp_path):
+    twice = world.folder / "twice.jsonl"
+    twice.write_text((world.folder / "eval.jsonl").read_text() + "\n")
+    twice.write_text(twice.read_text() * 2)
+    with pytest.raises(UserError, match=r"twice.jsonl:2: data.eval_data has .*held_out.wav twice"):
+        world.run(tmp_path / "run", data__eval_data=str(twice), eval__eval_after_training=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_metrics_and_what_is_said(world, tmp_path, capsys):
     run = world.run(tmp_path / "run", max_steps=4, log_freq=2, num_microbatches=2)
     found = lines(run)

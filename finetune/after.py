@@ -116,7 +116,7 @@ class Evaluation:
             Lines for a person: the tables, the verdict, and where the report is.
 
         Raises:
-            UserError: an NLL is not finite.
+            UserError: an NLL is not finite; the report is written first.
         """
         items = self.panel or self.held_out
         if not items:
@@ -135,7 +135,7 @@ class Evaluation:
         scores: dict[Arm, Scores] = {}
         total = len(arms) * sum(item.frames for item in items)
         bar = tqdm(total=total, desc="scoring", unit="frame", unit_scale=True)
-        with bar, _finite("after training"):
+        with bar:
             for arm in arms:
                 stock = arm is BASE
                 scored = load_base(self.base, device=lm.device, dtype=lm.dtype) if stock else lm
@@ -144,7 +144,6 @@ class Evaluation:
                 )
                 if stock:
                     scored.to("meta")  # its room is for the others, whoever still holds it
-                scores[arm].refuse_broken(items)
         segment = segment_frames(self.args.duration_sec)
         results = summarise(
             scores, items, window, training_frames=segment, frames_per_call=per_call
@@ -162,6 +161,9 @@ class Evaluation:
         metrics.log("length", step, generalisation_metrics(length))
         for picture in ("nll_by_position", name):
             metrics.image(picture, run_dir / "eval" / f"{picture}.png", step)
+        with _finite(f"after training (the rest is in {run_dir / 'eval' / PAGE})"):
+            for found in scores.values():
+                found.refuse_broken(items)
         return ["", render(results, as_text), "", f"report: {run_dir / 'eval' / PAGE}"]
 
 

@@ -117,19 +117,22 @@ class Evaluation:
             Lines for a person: the tables, the verdict, and where the report is.
 
         Raises:
-            UserError: an NLL is not finite.
+            UserError: an NLL is not finite; the report is written first.
         """
         items = self.panel or self.held_out
         if not items:
             return ["not evaluated: neither eval.librilight_data nor data.eval_data is given"]
         device, before = self.here.device, memory_in_use(self.here.device)
-        with whole(model), _finite("after training"):
+        with whole(model):
             scores = self._share(model.lm, items)
             memory = {"start": before, "end": memory_in_use(device)}
         lines: list[str] = []
         if self.here.first:
             lines = self._report(scores, items, memory, run_dir, metrics, step)
         self.here.wait()
+        with _finite(f"after training (the rest is in {run_dir / 'eval' / PAGE})"):
+            for found in scores.values():
+                found.refuse_broken(items)
         return lines
 
     def _share(self, lm: LMModel, items: Sequence[Item]) -> dict[Arm, Scores]:
@@ -150,7 +153,6 @@ class Evaluation:
                 )  # fmt: skip
                 if stock:
                     scored.to("meta")  # its room is for the others, whoever still holds it
-                scores.refuse_broken(mine)
                 found[arm.name] = scores.found
         parts = here.gather(found)
         return {

@@ -14,6 +14,7 @@ from moshi_ttt.base import find_base
 from moshi_ttt.checkpoint import load
 from moshi_ttt.errors import UserError
 from moshi_ttt.lanes import lanes_of
+from moshi_ttt.states import ttt_blocks
 from tests.finetune.small_run import LORA_ONLY, checkpoint, lines, logits, weights
 
 # -- evaluation leaves no trace --------------------------------------------------------------------
@@ -115,6 +116,26 @@ def test_a_held_out_recording_that_is_there_twice_is_refused_before_training(wor
     with pytest.raises(UserError, match=r"twice.jsonl:2: data.eval_data has .*held_out.wav twice"):
         world.run(tmp_path / "run", data__eval_data=str(twice), eval__eval_after_training=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_nll_that_is_no_number_at_the_end_loses_nothing_else(world, tmp_path, monkeypatch):
+    score = after.score_arm
+
+    def broken(lm, arm, *args, **how):
+        with torch.no_grad():
+            if arm.name == "reset":
+                next(iter(ttt_blocks(lm).values())).gate.fill_(float("nan"))
+        return score(lm, arm, *args, **how)
+
+    monkeypatch.setattr(after, "score_arm", broken)
+    with pytest.raises(UserError, match=r"after training \(the rest is in .*report.html\): .*NLL"):
+        world.run(tmp_path / "run", eval__eval_after_training=True)
+    results = json.loads((tmp_path / "run/eval/results.json").read_text())
+    means = {n: a["ranges"]["codebook0"]["0-1x"]["mean"] for n, a in results["arms"].items()}
+    assert means["reset"] is None
+    assert means["base"] > 0
+    assert means["kept"] > 0
+    assert (tmp_path / "run/checkpoints/checkpoint_000002/consolidated/ttt.json").is_file()
 
 
 def test_metrics_and_what_is_said(world, tmp_path, capsys):

@@ -46,7 +46,7 @@ from eval.tables import FRAME_SECONDS, as_text
 from eval.trainings import run_of
 from eval.verdict import FEWEST_SPEAKERS
 from finetune.args import TrainArgs
-from finetune.data.manifest import read_sources
+from finetune.data.manifest import parse_sources
 from finetune.data.recording import Recording
 from finetune.load_args import load_args
 from finetune.metrics import Metrics
@@ -150,12 +150,13 @@ def _books(
     """
     given = args.data or (config.eval.librilight_data if config else None)
     if given is None and config is not None and config.data.eval_data:
-        sources = read_sources(config.data.eval_data)
         say(f"recordings: data.eval_data of the run, {config.data.eval_data}")
-        return [r for source in sources for r in source.recordings][: args.max_items]
-    if given is not None and not args.data:
-        say(f"recordings: eval.librilight_data of the run, {given}")
-    books = read_panel(find_data(given), failed)
+        manifests = [path for path, _ in parse_sources(config.data.eval_data)]
+        books = [book for path in manifests for book in read_panel(path, failed)]
+    else:
+        if given is not None and not args.data:
+            say(f"recordings: eval.librilight_data of the run, {given}")
+        books = read_panel(find_data(given), failed)
     longest = LONGEST * segment * FRAME_SECONDS
     enough = len({speaker_of(b) for b in books if b.duration >= longest}) >= FEWEST_SPEAKERS
     books, left_out = choose(books, longest if enough else 0.0, args.max_items)

@@ -97,7 +97,7 @@ def score(
         lm: stock or spliced, not streaming.
         recordings: each [1 + n_q, T] int64: text, Moshi's codebooks, the user's; -1 is "nothing
             here".
-        rows: recordings at a time, at most.
+        rows: of the streaming context; so many recordings at a time.
         frames_per_call: frames of one call.
         reset_every: put the memories back to W0 every so many frames; attention is untouched.
         history: one more recording for each; the memories are then put not to W0 but to what they
@@ -112,7 +112,7 @@ def score(
     _check(lm, recordings, rows, frames_per_call, reset_every, history)
     out: dict[int, Nll] = {}
     waiting = iter(range(len(recordings)))
-    slots: list[_Reading | None] = [None] * min(rows, len(recordings))
+    slots: list[_Reading | None] = [None] * rows
     batch = len(slots) * (1 if history is None else 2)
     with ExitStack() as stack:
         stack.enter_context(_without_lanes(lm))

@@ -132,7 +132,7 @@ def evaluate(
     score(
         lm,
         [items[i].codes.long() for i in waiting],
-        rows=rows,
+        rows=min(rows, len(items)),  # as many when fewer are left: the same shapes
         frames_per_call=frames_per_call,
         reset_every=reset_every,
         history=None if history is None else [history[i].codes.long() for i in waiting],

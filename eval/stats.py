@@ -24,7 +24,8 @@ RANGES: dict[str, tuple[int, int | None]] = {
     "4x-end": (4, None),
     "1x-end": (1, None),
 }
-"""Name -> first and last frame in windows; the end None is the recording's own."""
+"""Name -> first and last frame in windows; the end None is the recording's own, if that is a window
+or more away."""
 SCALAR = "1x-4x"
 """The one number fixed beforehand: mean NLL of codebook 0 over this range."""
 
@@ -79,7 +80,8 @@ def range_mean(nll: Array, name: str, window: int, frames: int | None = None) ->
         frames: of the recording, if more than are scored; what was not scored has no mean.
     """
     start, end = range_frames(name, window, frames or len(nll))
-    return mean_of(nll[start:end]) if start < end <= len(nll) else float("nan")
+    whole = end - start >= window and end <= len(nll)
+    return mean_of(nll[start:end]) if whole else float("nan")
 
 
 def binned(nll: Sequence[Array], bin_frames: int) -> Array:

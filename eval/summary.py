@@ -176,7 +176,7 @@ def _curve_minus(a: Array, b: Array) -> Array:
 
 
 def _why_missing(name: str, window: int, longest: int) -> str:
-    _, end = range_frames(name, window, max(longest, RANGES[name][0] * window + 1))
+    _, end = range_frames(name, window, max(longest, (RANGES[name][0] + 1) * window))
     if end <= longest:
         return ""
     return f"no recording reaches frame {end}: the longest has {longest}"

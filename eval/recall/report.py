@@ -47,12 +47,15 @@ def verdict(results: Results) -> list[str]:
     """A sentence for each gain that compares like with like, whoever wins."""
     arms = results["arms"]
     first = next((name for name in ("kept", "trained") if name in arms), None)
-    speakers = len({item["speaker"] for item in results["items"]})
     if first is None or len(arms) < 2:
         return ["No verdict: there is nothing to compare with."]
     beyond = arms[first]["measures"]["repeat"][HEADLINE]["beyond"]
     if not math.isfinite(beyond["mean"]):
         return [f"No verdict: {beyond['reason']}."]
+    speakers = len({
+        item["speaker"] for item in results["items"]
+        if all(map(math.isfinite, arms[first]["passages"][item["name"]]["repeat"][HEADLINE]))
+    })  # fmt: skip
     if speakers < FEWEST_SPEAKERS:
         return [
             f"No verdict: {speakers} speakers are too few to judge by; it takes {FEWEST_SPEAKERS}."

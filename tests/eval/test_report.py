@@ -180,7 +180,7 @@ def test_what_is_missing_is_said():
     assert notes(results) == [
         "codebook0, codebooks1_7 from 2x-4x, 1x-4x: "
         "no recording reaches frame 40: the longest has 30",
-        "codebook0, codebooks1_7 from 4x-end: no recording reaches frame 41: the longest has 30",
+        "codebook0, codebooks1_7 from 4x-end: no recording reaches frame 50: the longest has 30",
         "text: no transcript",
     ]
     uneven = notes(made_up({"base": 3.0}, short=1))

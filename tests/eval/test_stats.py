@@ -80,3 +80,11 @@ def test_curves_end_with_the_shortest():
     assert default_bin(3000) == 250
     assert default_bin(50) == 25
     assert default_bin(1) == 1
+
+
+def test_what_goes_to_the_end_is_at_least_a_window():
+    nll = np.arange(100.0)
+    assert range_mean(nll[:50], "4x-end", 10) == 44.5
+    assert np.isnan(range_mean(nll[:49], "4x-end", 10))
+    assert range_mean(nll[:20], "1x-end", 10) == 14.5
+    assert np.isnan(range_mean(nll[:60], "4x-end", 10, frames=80))  # not scored to its end

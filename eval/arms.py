@@ -12,7 +12,8 @@ from typing import Any
 from moshi.models.lm import LMModel
 
 from eval.keep import Keep
-from eval.perplexity import FRAMES_PER_CALL, Progress, writing_off
+from eval.modes import writing_off
+from eval.perplexity import FRAMES_PER_CALL, Progress
 from eval.scores import Item, Scores, evaluate
 from moshi_ttt.base import CONFIG_FILE, Base, file_hash, fingerprint, load_base, read_json
 from moshi_ttt.checkpoint import TTT_CONFIG_FILE, Described, describe, load

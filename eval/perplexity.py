@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -15,10 +15,10 @@ from moshi.modules.streaming import StreamingModule
 from moshi.utils.compile import no_compile
 from torch import Tensor, nn
 
+from eval.modes import eval_mode, fast_norms, without_lanes
 from moshi_ttt.hybrid import HybridLMModel
-from moshi_ttt.lanes import detach_lanes, lanes_of, put_lanes
 from moshi_ttt.ring import clear_kv_rows, widen_kv_rings
-from moshi_ttt.states import copy_ttt_rows, reset_ttt_states, ttt_blocks
+from moshi_ttt.states import copy_ttt_rows, reset_ttt_states
 
 FRAMES_PER_CALL = 100
 """Frames of one call unless told otherwise; any other number gives the same NLL."""
@@ -115,8 +115,8 @@ def score(
     slots: list[_Reading | None] = [None] * rows
     batch = len(slots) * (1 if history is None else 2)
     with ExitStack() as stack:
-        stack.enter_context(_without_lanes(lm))
-        stack.enter_context(_eval_mode(lm))
+        stack.enter_context(without_lanes(lm))
+        stack.enter_context(eval_mode(lm))
         stack.enter_context(no_compile())
         stack.enter_context(lm.streaming(batch))
         widen_kv_rings(lm.transformer, frames_per_call)
@@ -247,24 +247,6 @@ def _finish(lm: LMModel, reading: _Reading) -> None:
     reading.nll.values = torch.where(known, out, float("nan"))
 
 
-@contextmanager
-def writing_off(lm: nn.Module) -> Iterator[None]:
-    """Inside, no memory of `lm` writes: all that is left of them is their slow weights.
-
-    Raises:
-        ValueError: the model has no memory.
-    """
-    memories = [block.memory for block in ttt_blocks(lm).values()]
-    before = [memory.lr_scale for memory in memories]
-    try:
-        for memory in memories:
-            memory.lr_scale = 0.0
-        yield
-    finally:
-        for memory, scale in zip(memories, before, strict=True):
-            memory.lr_scale = scale
-
-
 def _check(
     lm: LMModel,
     recordings: Sequence[Tensor],
@@ -309,28 +291,6 @@ def _check_codes(lm: LMModel, codes: Tensor) -> None:
             raise ValueError(f"row {row} of the codes holds {value}: -1 to {cards - 1} is allowed")
 
 
-@contextmanager
-def _without_lanes(lm: nn.Module) -> Iterator[None]:
-    """Training's lanes are other rows than a stream's: what is reset inside is none of theirs."""
-    lanes = lanes_of(lm)
-    detach_lanes(lm)
-    try:
-        yield
-    finally:
-        put_lanes(lm, lanes)
-
-
-@contextmanager
-def _eval_mode(lm: nn.Module) -> Iterator[None]:
-    before = {module: module.training for module in lm.modules()}
-    lm.eval()
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
-
-
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     """[B, K, T, card] and [B, K, T] -> [B, K, T]; NaN where the target is not a code."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -351,19 +311,3 @@ def _take_norms(lm: nn.Module, reading: dict[int, _Reading]) -> None:
         for slot, r in reading.items():
             r.nll.state_norm.setdefault(name, []).append(norms[slot])
             r.nll.state_moved.setdefault(name, []).append(moves[slot])
-
-
-def fast_norms(lm: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Block name -> norm of its fast weights [B] and of their distance from W0, in a stream."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, block in ttt_blocks(lm).items():
-        streaming = block._streaming_state
-        assert streaming is not None
-        state, start = streaming.memory.fast, block.memory.params()
-        norm = moved = torch.zeros(())
-        for key in sorted(set(state._fields) & set(start._fields)):
-            now, w0 = getattr(state, key), getattr(start, key)
-            norm = norm.to(now) + now.flatten(1).square().sum(1)
-            moved = moved.to(now) + (now - w0).flatten(1).square().sum(1)
-        found[name] = norm.sqrt(), moved.sqrt()
-    return found

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from eval.key_value import CHANCE, KEYS, VALUES, key_value, measure, recalled
-from eval.perplexity import writing_off
+from eval.modes import writing_off
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.hybrid import splice
 from moshi_ttt.states import ttt_blocks

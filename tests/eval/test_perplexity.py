@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from eval.perplexity import score, writing_off
+from eval.modes import writing_off
+from eval.perplexity import score
 from moshi_ttt.states import attach_ttt_states, reset_ttt_states, save_ttt_states, ttt_blocks
 from tests.eval.oracle import assert_same, forward_nll, streamed_nll
 from tests.eval.tiny_lm import CONTEXT, make_codes, make_lm, make_recordings

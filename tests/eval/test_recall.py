@@ -11,8 +11,9 @@ import torch
 
 from eval.arms import BASE, KEPT, RESET, Arm
 from eval.keep import Found
+from eval.modes import writing_off
 from eval.panel import make_items, read_panel
-from eval.perplexity import score, writing_off
+from eval.perplexity import score
 from eval.recall.__main__ import main
 from eval.recall.gains import compare
 from eval.recall.hearings import HEARD, Hearings, Plan, delays, plan

@@ -248,7 +248,7 @@ def write(results: Results, out: Path, title: str) -> list[Path]:
         path.write_text(page(results, title, written[1].read_bytes()), encoding="utf-8")
     with written_whole(out / REPORT) as path:
         text = render(results, as_markdown, by_bin=True)
-        path.write_text(f"# {title}\n\n{text}\n", encoding="utf-8")
+        path.write_text(f"# {title}\n\n![by minute](generate.png)\n\n{text}\n", encoding="utf-8")
     write_json(results, out / RESULTS)
     return [*written, out / PAGE, out / REPORT, out / RESULTS]
 

@@ -172,7 +172,8 @@ def _write(results: Results, out: Path, title: str) -> list[Path]:
     with written_whole(out / PAGE) as path:
         path.write_text(page(results, title, files[1].read_bytes()), encoding="utf-8")
     with written_whole(out / REPORT) as path:
-        path.write_text(f"# {title}\n\n{render(results, as_markdown)}\n", encoding="utf-8")
+        text = f"# {title}\n\n![gain by delay](recall.png)\n\n{render(results, as_markdown)}\n"
+        path.write_text(text, encoding="utf-8")
     write_json(results, out / RESULTS)
     return [*files, out / PAGE, out / REPORT, out / RESULTS]
 

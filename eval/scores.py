@@ -129,16 +129,17 @@ def evaluate(
         if keep is not None:
             keep.put(names[index], scored[index])
 
-    score(
-        lm,
-        [items[i].codes.long() for i in waiting],
-        rows=min(rows, len(items)),  # as many when fewer are left: the same shapes
-        frames_per_call=frames_per_call,
-        reset_every=reset_every,
-        history=None if history is None else [history[i].codes.long() for i in waiting],
-        progress=progress,
-        done=done,
-    )
+    if waiting:
+        score(
+            lm,
+            [items[i].codes.long() for i in waiting],
+            rows=min(rows, len(items)),  # as many when fewer are left: the same shapes
+            frames_per_call=frames_per_call,
+            reset_every=reset_every,
+            history=None if history is None else [history[i].codes.long() for i in waiting],
+            progress=progress,
+            done=done,
+        )
     found = [scored[index] for index in range(len(items))]
     return Scores(found, kept=len(items) - len(waiting))
 

@@ -248,3 +248,11 @@ def test_no_scores_are_found_under_other_settings(tmp_path, lm):
     ):
         assert keep.get(f"{like.digest} None") is None
     assert replace(item, name="renamed", speaker="x").digest == item.digest
+
+
+def test_nothing_to_score_is_no_call(lm, tmp_path):
+    assert evaluate(lm, []).found == []
+    items, keep = make_items(20, 9), Keep(tmp_path, {})
+    wanted = evaluate(lm, items, keep=keep)
+    with lm.streaming(1):  # a call would refuse a model that is streaming
+        assert_equal(evaluate(lm, items, keep=keep), wanted)

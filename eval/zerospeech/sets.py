@@ -128,6 +128,9 @@ def read_pairs(name: str, data: str | Path | None) -> tuple[list[Pair], list[str
         raise UserError(f"--data {data} is no folder: {expected}")
     folders = [root / part for part in (*task.folders, ".") if (root / part).is_dir()]
     if not task.columns:
+        others = {f for t in TASKS.values() if not t.columns for f in t.folders} - {*task.folders}
+        if folders[0].resolve().name in others:
+            raise UserError(f"--data {data} is another set's folder: {expected}")
         halves, strange = _story_halves(folders[0])
     else:
         gold = next((folder / GOLD for folder in folders if (folder / GOLD).is_file()), None)
@@ -189,7 +192,7 @@ def _frequency_groups(text: str, where: str) -> tuple[str, ...]:
 
 def _story_halves(folder: Path) -> tuple[list[_Half], list[str]]:
     halves, strange = [], []
-    for path in sorted(folder.rglob("*.wav")):
+    for path in sorted(folder.glob("*.wav")):  # not below it: that may be the other set
         found = re.fullmatch(r"(?:\d+_)?(.+)_(correct|incorrect)", path.stem)
         if found is None:
             strange.append(f"{path}: its name does not end in _correct.wav or _incorrect.wav")

@@ -231,6 +231,12 @@ def test_one_set_is_not_taken_for_another(tmp_path):
         read_pairs("swuggy", tmp_path / "syntactic/dev")
     with pytest.raises(UserError, match="has no column 'type'"):
         read_pairs("sblimp", tmp_path / "lexical/dev")
+    stories(tmp_path / "stories/tSC", clips=False)
+    with pytest.raises(UserError, match="has no clips: sStoryCloze is"):
+        read_pairs("sstory", tmp_path / "stories")
+    with pytest.raises(UserError, match="is another set's folder: sStoryCloze is"):
+        read_pairs("sstory", tmp_path / "stories/tSC")
+    assert len(read_pairs("tstory", tmp_path / "stories")[0]) == 7
 
 
 # who wins

@@ -59,11 +59,14 @@ RESET = Arm("reset", "memory reset every window", "e", mode="reset")
 SHUFFLED = Arm("shuffled", "memory of another recording", "f", mode="shuffled")
 OFF = Arm("off", "writing switched off (proves nothing)", "h", mode="off")
 TRAINED = Arm("trained", "trained model (no memory)")
+UNWRITTEN = Arm("trained", "trained with writing off", "d")
 
 
-def arms_of(checkpoint: Path, ttt: TTTConfig | None) -> list[Arm]:
-    """The arms that one trained model gives: all four modes of its memory, or itself."""
-    arms = [TRAINED] if ttt is None else [KEPT, RESET, SHUFFLED, OFF]
+def arms_of(checkpoint: Path | None, ttt: TTTConfig | None) -> list[Arm]:
+    """The arms that one trained model gives: all modes of a memory that is written, else itself."""
+    arms = [KEPT, RESET, SHUFFLED, OFF]
+    if ttt is None or not ttt.writing:
+        arms = [TRAINED if ttt is None else UNWRITTEN]
     return [replace(arm, checkpoint=checkpoint) for arm in arms]
 
 

@@ -17,7 +17,7 @@ from moshi.models.lm import LMModel
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
-from eval.arms import BASE, KEPT, RESET, TRAINED, Arm, score_arm
+from eval.arms import BASE, Arm, arms_of, score_arm
 from eval.generalisation import generalisation_metrics, generalise
 from eval.keep import Found
 from eval.length_plot import generalisation_figure
@@ -137,7 +137,8 @@ class Evaluation:
 
     def _share(self, lm: LMModel, items: Sequence[Item]) -> dict[Arm, Scores]:
         """Score all items, each rank its part; every rank gets all scores."""
-        arms = [BASE, KEPT, RESET] if self.args.ttt is not None else [BASE, TRAINED]
+        own = arms_of(None, self.args.ttt)
+        arms = [BASE, *(arm for arm in own if arm.mode in ("kept", "reset"))]
         here, mine = self.here, items[self.here.rank :: self.here.size]
         found: dict[str, list[Found]] = {}
         total = len(arms) * sum(item.frames for item in mine)

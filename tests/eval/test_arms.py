@@ -18,6 +18,7 @@ from eval.arms import (
     TRAINED,
     WIDE,
     Arm,
+    arms_of,
     lenders,
     open_arms,
     score_arm,
@@ -167,6 +168,14 @@ def test_a_model_in_training_is_left_as_it_was(lm):
         assert saved["lanes"]["fast.pos"].tolist() == [9, 9]
         for key, tensor in saved["lanes"].items():
             assert torch.equal(tensor, after[name]["lanes"][key]), key
+
+
+def test_a_memory_that_is_never_written_has_no_modes():
+    written = TTTConfig(layers="all")
+    assert [arm.name for arm in arms_of(None, written)] == ["kept", "reset", "shuffled", "off"]
+    (alone,) = arms_of(Path("x"), TTTConfig(layers="all", writing=False))
+    assert (alone.name, alone.letter, alone.checkpoint) == ("trained", "d", Path("x"))
+    assert [arm.label for arm in arms_of(None, None)] == ["trained model (no memory)"]
 
 
 def test_a_model_without_memory_has_one_arm():

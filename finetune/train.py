@@ -16,6 +16,7 @@ from moshi.models.lm import LMModel
 from finetune import after
 from finetune.args import TrainArgs
 from finetune.corpora import prepare_corpus
+from finetune.curves import plot_curves
 from finetune.data.codes import CodesCache
 from finetune.data.loader import Layout, Loader
 from finetune.data.manifest import Source, read_sources
@@ -167,7 +168,7 @@ def _train(
         if last is not None:
             summary = [f"{summary[0]}; checkpoint {last}"]
         if here.first:
-            after.plot_curves(run_dir)
+            plot_curves(run_dir)
         if args.eval.eval_after_training:
             say(here, "4/5  evaluation beyond the attention window")
             summary += evaluation.final(model, run_dir, metrics, args.max_steps)

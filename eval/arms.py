@@ -223,14 +223,3 @@ def _as_far(item: Item, lender: Item, window: int) -> Item:
     if frames >= item.frames:
         return item
     return replace(item, codes=item.codes[:, :frames])
-
-
-def attention_window(lm: LMModel) -> int:
-    """Frames that the temporal attention sees.
-
-    Raises:
-        ValueError: the model's attention has no end.
-    """
-    if lm.context is None:
-        raise ValueError("the model's attention has no window (context is null): nothing to exceed")
-    return lm.context

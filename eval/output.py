@@ -7,7 +7,8 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,35 @@ def write_results(
         The files, pictures first.
     """
     made = figures(results, title) | dict(more or {})
-    written = [path for name, figure in made.items() for path in save_figure(figure, out / name)]
-    pictures = {name: (out / f"{name}.svg").read_bytes() for name in made}
+    text = markdown(results, title, [f"{name}.png" for name in made])
+    return write_documents(results, out, made, partial(page, results, title), text)
+
+
+def write_documents(
+    results: Results,
+    out: Path,
+    figures: Mapping[str, Figure],
+    page: Callable[[Mapping[str, bytes]], str],
+    text: str,
+) -> list[Path]:
+    """Write pictures (PNG and SVG), an HTML page, Markdown and, last, the JSON.
+
+    Args:
+        results: plain values.
+        out: folder, made if missing.
+        figures: by the names of their files.
+        page: makes the HTML of the SVGs, by the same names.
+        text: the Markdown.
+
+    Returns:
+        The files, pictures first.
+    """
+    written = [path for name, figure in figures.items() for path in save_figure(figure, out / name)]
+    pictures = {name: (out / f"{name}.svg").read_bytes() for name in figures}
     with written_whole(out / PAGE) as path:
-        path.write_text(page(results, title, pictures), encoding="utf-8")
+        path.write_text(page(pictures), encoding="utf-8")
     with written_whole(out / REPORT) as path:
-        path.write_text(markdown(results, title, [f"{n}.png" for n in made]), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     write_json(results, out / RESULTS)
     return [*written, out / PAGE, out / REPORT, out / RESULTS]
 

@@ -110,6 +110,17 @@ class Models:
             )
         return window
 
+    def facts(self) -> dict[str, Any]:
+        """What a results file says of the checkpoint."""
+        main = self.main
+        return {
+            "checkpoint": str(main.folder),
+            "base": main.base.name,
+            "ttt": main.ttt.to_dict() if main.ttt else None,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+        }
+
     def open(self, arms: Sequence[Arm] | None = None) -> Iterator[tuple[Arm, LMModel]]:
         """Each arm with its model, one model in memory at a time; see `eval.arms.open_arms`.
 
@@ -219,13 +230,8 @@ def about(
     main = models.main
     trainings = {arm.name: training_of(arm, main.base) for arm in arms if arm.mode == "kept"}
     name = next((arm.name for arm in arms if arm.checkpoint == main.folder), "")
-    return {
-        "checkpoint": str(main.folder),
-        "base": main.base.name,
+    return models.facts() | {
         "side": args.side,
-        "ttt": main.ttt.to_dict() if main.ttt else None,
-        "dtype": str(models.dtype).removeprefix("torch."),
-        "device": str(models.device),
         "trainings": trainings,
         "unlike": unlike(trainings, name),
         "facts": {

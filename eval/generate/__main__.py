@@ -114,7 +114,9 @@ def main(argv: list[str] | None = None) -> None:
             if run.broken:
                 say(f"{arm.label}: {run.broken}; it ends there")
     results = summarise({arm.name: found[arm.name] for arm in arms}, plan, _reference(arms))
-    results |= _about(models, args, time.monotonic() - began)
+    seconds = round(time.monotonic() - began, 1)
+    made = provenance("eval.generate", models.device) | {"seconds of sampling": seconds}
+    results |= models.facts() | {"prompt": args.prompt, "facts": made}
     results["memory_bytes"] = {"start": before, "end": memory_in_use(models.device)}
     files = write(results, out, f"{models.name}, {args.minutes:g} minutes of free running")
     say(f"\n{render(results, as_text, by_bin=False)}\n")
@@ -156,22 +158,6 @@ def _codec(models: Models) -> tuple[MimiModel, SentencePieceProcessor]:
 def _reference(arms: list[Arm]) -> str:
     """The model without memory: trained on the same data if one was given, else the base."""
     return next((arm.name for arm in arms if arm.letter == "b"), BASE.name)
-
-
-def _about(models: Models, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    main = models.main
-    return {
-        "checkpoint": str(main.folder),
-        "base": main.base.name,
-        "prompt": args.prompt,
-        "ttt": main.ttt.to_dict() if main.ttt else None,
-        "dtype": str(models.dtype).removeprefix("torch."),
-        "device": str(models.device),
-        "facts": {
-            **provenance("eval.generate", models.device),
-            "seconds of sampling": round(seconds, 1),
-        },
-    }
 
 
 if __name__ == "__main__":

@@ -14,12 +14,11 @@ from matplotlib.figure import Figure
 
 from eval.generate.measures import JUDGED, MEASURES, SILENT_DBFS
 from eval.html import document, facts, html_table, items, picture
-from eval.output import PAGE, REPORT, RESULTS, save_figure, write_json
+from eval.output import write_documents
 from eval.plot import arm_styles, new_figure
 from eval.tables import FRAME_SECONDS, Rows, as_markdown, fact_rows
 from eval.verdict import FEWEST_SPEAKERS as FEWEST_STREAMS
 from eval.verdict import Results, interval
-from moshi_ttt.files import written_whole
 
 WORSE = {
     "entropy": ("its entropy falls", "its entropy rises"),
@@ -242,15 +241,12 @@ def page(results: Results, title: str, svg: bytes) -> str:
 
 def write(results: Results, out: Path, title: str) -> list[Path]:
     """Write the picture (PNG and SVG), the report (HTML and Markdown) and, last, the JSON."""
-    made = figure(results, title)
-    written = save_figure(made, out / "generate")
-    with written_whole(out / PAGE) as path:
-        path.write_text(page(results, title, written[1].read_bytes()), encoding="utf-8")
-    with written_whole(out / REPORT) as path:
-        text = render(results, as_markdown, by_bin=True)
-        path.write_text(f"# {title}\n\n![by minute](generate.png)\n\n{text}\n", encoding="utf-8")
-    write_json(results, out / RESULTS)
-    return [*written, out / PAGE, out / REPORT, out / RESULTS]
+    text = render(results, as_markdown, by_bin=True)
+    return write_documents(
+        results, out, {"generate": figure(results, title)},
+        lambda pictures: page(results, title, pictures["generate"]),
+        f"# {title}\n\n![by minute](generate.png)\n\n{text}\n",
+    )  # fmt: skip
 
 
 def _title(measure: str) -> str:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from eval.arms import Arm, score_arm
 from eval.keep import Found
-from eval.output import PAGE, REPORT, RESULTS, next_folder, save_figure, write_json
+from eval.output import next_folder, write_documents
 from eval.panel import Failed, choose, read_panel, shorten, speaker_of
 from eval.perplexity import FRAMES_PER_CALL
 from eval.recall.gains import Heard, compare
@@ -47,7 +47,6 @@ from eval.tables import as_markdown, as_text
 from eval.verdict import Results
 from finetune.data.recording import Recording
 from moshi_ttt.errors import Parser, UserError, run_cli
-from moshi_ttt.files import written_whole
 
 KEPT_SCORES = "nll"
 """Folder, in that of the results, for scores as they come."""
@@ -167,15 +166,11 @@ def _score(
 
 
 def _write(results: Results, out: Path, title: str) -> list[Path]:
-    figure = by_delay(results, title)
-    files = save_figure(figure, out / "recall")
-    with written_whole(out / PAGE) as path:
-        path.write_text(page(results, title, files[1].read_bytes()), encoding="utf-8")
-    with written_whole(out / REPORT) as path:
-        text = f"# {title}\n\n![gain by delay](recall.png)\n\n{render(results, as_markdown)}\n"
-        path.write_text(text, encoding="utf-8")
-    write_json(results, out / RESULTS)
-    return [*files, out / PAGE, out / REPORT, out / RESULTS]
+    text = f"# {title}\n\n![gain by delay](recall.png)\n\n{render(results, as_markdown)}\n"
+    return write_documents(
+        results, out, {"recall": by_delay(results, title)},
+        lambda pictures: page(results, title, pictures["recall"]), text,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -88,14 +88,12 @@ def main(argv: list[str] | None = None) -> None:
         "left_out": left_out,
         "task": args.task,
         "data": str(args.data),
-        "checkpoint": str(models.main.folder),
-        "base": models.main.base.name,
+        **models.facts(),
         "checkpoints": {name: str(arm.checkpoint) for name, arm in arms.items() if arm.checkpoint},
         "side": args.side,
         "codebooks": args.codebooks,
         "normalise": args.normalise,
         "max_items": args.max_items,
-        "dtype": str(models.dtype).removeprefix("torch."),
         "facts": provenance("eval.zerospeech", models.device),
     }
     results["verdict"] = verdict(results)

@@ -59,10 +59,8 @@ def fast_norms(lm: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     for name, block in ttt_blocks(lm).items():
         streaming = block._streaming_state
         assert streaming is not None
-        state, start = streaming.memory.fast, block.memory.params()
         norm = moved = torch.zeros(())
-        for key in sorted(set(state._fields) & set(start._fields)):
-            now, w0 = getattr(state, key), getattr(start, key)
+        for now, w0 in block.memory.fast_weights(streaming.memory.fast):
             norm = norm.to(now) + now.flatten(1).square().sum(1)
             moved = moved.to(now) + (now - w0).flatten(1).square().sum(1)
         found[name] = norm.sqrt(), moved.sqrt()

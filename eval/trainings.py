@@ -39,11 +39,7 @@ def training_of(arm: Arm, base: Base) -> dict[str, Any] | None:
         return None
     described = describe(arm.checkpoint, base=base)
     folder, about = described.folder, described.about
-    trained = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as weights:
-            trained += sum(math.prod(weights.get_slice(k).get_shape()) for k in weights.keys())
-    found: dict[str, Any] = {"parameters": trained, "step": about.get("step")}
+    found: dict[str, Any] = {"parameters": trained_parameters(folder), "step": about.get("step")}
     run = run_of(folder)
     if run is not None:
         values = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
@@ -53,6 +49,15 @@ def training_of(arm: Arm, base: Base) -> dict[str, Any] | None:
                 value = value.get(part) if isinstance(value, dict) else None
             found[key] = value
     return found
+
+
+def trained_parameters(folder: Path) -> int:
+    """Numbers that a checkpoint's `consolidated/` holds."""
+    trained = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            trained += sum(math.prod(weights.get_slice(k).get_shape()) for k in weights.keys())
+    return trained
 
 
 def unlike(trainings: dict[str, dict[str, Any] | None], main: str) -> list[str]:

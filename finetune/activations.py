@@ -231,7 +231,11 @@ def _layer(
 def _sizes(block: HybridSeqModelingBlock) -> tuple[int, int, int]:
     """Numbers of one row's fast weights, and per slot of a chunk: rows of G and X, hidden width."""
     memory = block.memory
-    H, D, F = memory.num_heads, memory.head_dim, block.config.hidden_mult * memory.head_dim
+    H, D, F = (
+        memory.num_heads,
+        memory.head_dim,
+        block.config.options.get("hidden_mult", 1) * memory.head_dim,
+    )
     if block.config.memory == "ttt_mlp":
         return H * (2 * D * F + F + D), H * (2 * F + D), H * F
     return H * (D * D + D), H * D, 0
@@ -249,7 +253,9 @@ def _memory(block: HybridSeqModelingBlock, run: Pass) -> int:
     d, H, C = memory.width, memory.num_heads, block.config.chunk_size
     fast, buffers, _ = _sizes(block)
     n, size = _chunks(block, run)
-    states = (-(-n // size) + 1) * fast + C * buffers + 2 * (block.config.conv_width - 1) * d
+    states = (
+        (-(-n // size) + 1) * fast + C * buffers + 2 * (block.config.options["conv_width"] - 1) * d
+    )
     laid = n * C * (3 * d + H)
     own = 4 * (d + H) + w * d + (4 * d if w < 4 else 0)
     own += 0 if run.adapts and block.norm is None else w * d
@@ -272,7 +278,7 @@ def lane_bytes(block: HybridSeqModelingBlock) -> int:
     """Bytes of one lane's state of a memory: fast weights, unfinished chunk, convolution."""
     memory, C = block.memory, block.config.chunk_size
     fast, buffers, _ = _sizes(block)
-    conv = 2 * (block.config.conv_width - 1) * memory.width
+    conv = 2 * (block.config.options["conv_width"] - 1) * memory.width
     return 4 * (fast + C * (memory.width + buffers) + conv) + 8
 
 

@@ -22,6 +22,7 @@ from moshi_ttt.block import HybridSeqModelingBlock
 from moshi_ttt.errors import UserError
 from moshi_ttt.hybrid import carry_kv, splice
 from moshi_ttt.lora import add_lora
+from moshi_ttt.memory import Memory
 
 _SMALL = 10**9
 """Parameters up to which a model may be trained on a CPU."""
@@ -200,8 +201,14 @@ def _gathered(lm: LMModel, blocks: list[HybridSeqModelingBlock]) -> int:
 
     largest = max(_bytes(layer.parameters()) for layer in layers)
     slope = max(waiting(layer.parameters()) for layer in layers)
-    cast = sum(_bytes((b.memory.qkv_proj.weight, b.memory.o_proj.weight)) for b in blocks)
+    cast = sum(_bytes(_projections(b.memory)) for b in blocks)
     return _bytes(outside) + waiting(outside) + 2 * largest + slope + cast
+
+
+def _projections(memory: Memory) -> list[torch.Tensor]:
+    """Those that a memory has of its own."""
+    owned = (memory.qkv_proj, memory.o_proj)
+    return [proj.weight for proj in owned if proj is not None]
 
 
 def check_fits(

@@ -181,10 +181,9 @@ def state_norms(lm: LMModel) -> Tensor:
         value = None if block._lanes is None else block._lanes.values[block._lanes.slot]
         if value is None:
             return torch.zeros(2, 0)
-        state, start = value.fast, block.memory.params()
-        # the fast weights: W0 has their names; in one order, as all ranks have to gather them
-        for key in (k for k in start._fields if k in state._fields):
-            now, w0 = getattr(state, key), gathered(getattr(start, key))
+        # in one order, as all ranks have to gather W0
+        for now, start in block.memory.fast_weights(value.fast):
+            w0 = gathered(start)
             squares.append(torch.stack([(now - w).flatten(1).square().sum(1) for w in (0, w0)]))
     return torch.stack(squares).sum(0).sqrt() if squares else torch.zeros(2, 0)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.lanes import FRESH, HasLanes, Lanes, map_tensors, named_tensors
 from moshi_ttt.memory import build_memory
-from moshi_ttt.memory.base import MemoryState
+from moshi_ttt.memory.base import MemoryState, Shared
 
 STREAMING, LANES = "streaming", "lanes"
 
@@ -66,7 +66,11 @@ class HybridSeqModelingBlock(StreamingModule[BlockStreamingState], HasLanes):
         return BlockStreamingState(batch_size, self.gate.device, state, self)
 
     def forward(
-        self, x: Tensor, state: MemoryState | None = None, fresh: Tensor | None = None
+        self,
+        x: Tensor,
+        state: MemoryState | None = None,
+        fresh: Tensor | None = None,
+        shared: Shared | None = None,
     ) -> tuple[Tensor, MemoryState]:
         """One segment, as a function of its state.
 
@@ -77,6 +81,7 @@ class HybridSeqModelingBlock(StreamingModule[BlockStreamingState], HasLanes):
             x: [B, T, width] what the memory reads, already normalised.
             state: the memory's state before the first frame; None is W0.
             fresh: [B] bool, rows that start from W0 (with its gradient) in place of `state`.
+            shared: the attention's part, with `projection: shared`.
 
         Returns:
             The update `tanh(gate) * memory(x)` [B, T, width] in float32 or wider, and the state
@@ -93,12 +98,12 @@ class HybridSeqModelingBlock(StreamingModule[BlockStreamingState], HasLanes):
         if not self.config.writing:
             # W0 as it is now: what a lane carries is the W0 of the step in which it began
             state = state._replace(fast=start.fast)
-        y, after = self.memory(x, state)
+        y, after = self.memory(x, state, shared=shared)
         if self.config.detach_memory_output:
             y = y.detach()
         return torch.tanh(self.gate) * y, after
 
-    def stream(self, x: Tensor) -> Tensor:
+    def stream(self, x: Tensor, shared: Shared | None = None) -> Tensor:
         """The same update for the next T frames of a stream; moves the streaming state on.
 
         Rows outside the exec mask keep their state; what they return means nothing.
@@ -110,13 +115,16 @@ class HybridSeqModelingBlock(StreamingModule[BlockStreamingState], HasLanes):
         if not self.config.persistent_states:
             fresh = self.memory.init_state(x.shape[0])
             # `forward` reads positions on the host, which a graph that is captured forbids
-            y = self.memory.step(x, fresh) if one_frame else self.memory(x, fresh)[0]
+            if one_frame:
+                y = self.memory.step(x, fresh, shared=shared)
+            else:
+                y, _ = self.memory(x, fresh, shared=shared)
             update = torch.tanh(self.gate) * y
         elif one_frame:
-            update = torch.tanh(self.gate) * self.memory.step(x, live, exec_mask=mask)
+            update = torch.tanh(self.gate) * self.memory.step(x, live, mask, shared)
         else:
             lengths = torch.where(mask, x.shape[1], 0)
-            y, moved = self.memory(x, live, lengths=lengths)
+            y, moved = self.memory(x, live, lengths, shared)
             update = torch.tanh(self.gate) * y
             with torch.no_grad():
                 map_tensors(lambda old, new: old.copy_(new), live, moved)

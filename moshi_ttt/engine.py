@@ -266,8 +266,7 @@ def memory_norms(lm: LMModel) -> dict[str, float]:
     for name, block in ttt_blocks(lm).items():
         stream = block._streaming_state
         assert stream is not None
-        fast, start = stream.memory.fast, block.memory.params()
-        weights = [w for w in fast._fields if w in start._fields]
-        moved = [(getattr(fast, w) - getattr(start, w)).square().sum() for w in weights]
+        weights = block.memory.fast_weights(stream.memory.fast)
+        moved = [(now - start).square().sum() for now, start in weights]
         norms[name.removesuffix(f".{BLOCK}")] = float(torch.stack(moved).sum().sqrt())
     return norms

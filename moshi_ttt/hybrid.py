@@ -23,7 +23,7 @@ from moshi_ttt import states
 from moshi_ttt.block import HybridSeqModelingBlock
 from moshi_ttt.carry import Carried, CarryingLayer, kv_bytes
 from moshi_ttt.config import TTTConfig
-from moshi_ttt.memory.base import MemoryState
+from moshi_ttt.memory.base import MemoryState, Shared
 
 BLOCK = "seq_modeling_block"
 
@@ -79,11 +79,15 @@ class HybridStreamingTransformerLayer(CarryingLayer, _KeepsStates):
         block, state = self.seq_modeling_block, None
         if not block.active:
             return h, None
-        read = normed if block.norm is None else block.norm(h)
+        read, shared = normed if block.norm is None else block.norm(h), None
+        if block.config.projection == "shared":
+            # projected again, not caught on its way into attention: also right after attention
+            (into,), (out,) = self.self_attn.in_projs, self.self_attn.out_projs
+            shared = Shared(into(read), out)
         if carried is None:
-            remembered = block.stream(read)
+            remembered = block.stream(read, shared)
         else:
-            remembered, state = block(read, carried.memory, carried.fresh)
+            remembered, state = block(read, carried.memory, carried.fresh, shared)
         return h + remembered.to(h.dtype), state
 
 
@@ -257,6 +261,8 @@ def _build_block(
     layer: StreamingTransformerLayer, config: TTTConfig, index: int
 ) -> HybridSeqModelingBlock:
     attention = layer.self_attn
+    if config.projection == "shared" and (attention.kv_repeat, len(attention.in_projs)) != (1, 1):
+        raise ValueError(f"layer {index}: its attention has no q, k, v of one width to share")
     norm, device = layer.norm1, next(layer.parameters()).device
     try:
         block = HybridSeqModelingBlock(

@@ -238,7 +238,10 @@ def _check_model(
 ) -> None:
     theirs, mine = about["ttt"] or {}, _config(engine) or {}
     if theirs:  # it may be older than a key
-        theirs = TTTConfig().to_dict() | theirs
+        try:
+            theirs = TTTConfig.from_dict(theirs).to_dict()
+        except ValueError as error:
+            raise UserError(f"{path} holds a memory of another version: {error}") from error
     if theirs != mine:
         if not theirs or not mine:
             raise UserError(f"{path}: one of it and the model has a memory, the other has none")

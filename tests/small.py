@@ -96,6 +96,10 @@ def small_mimi(*, seed: int = 0) -> MimiModel:
     return mimi
 
 
+START = {"W1", "b1", "W2", "b2", "Lg", "Rg", "Lu", "Ru", "Wo"}
+"""Parameters of the memories that make W0."""
+
+
 def randomise_memories(lm: nn.Module, *, seed: int = 0) -> None:
     """Open the gates and move every slow weight of the memories away from where it starts.
 
@@ -105,7 +109,7 @@ def randomise_memories(lm: nn.Module, *, seed: int = 0) -> None:
         torch.manual_seed(seed)
         for block in ttt_blocks(lm).values():
             for name, parameter in block.named_parameters():
-                start = name.rpartition(".")[2] in {"W1", "b1", "W2", "b2", "gate"}
+                start = name.rpartition(".")[2] in {*START, "gate"}
                 parameter.add_(torch.randn_like(parameter) * (0.3 if start else 0.1))
 
 

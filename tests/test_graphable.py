@@ -63,7 +63,7 @@ def test_a_streamed_frame_reads_nothing_on_the_host(family, placement, persisten
     )
 
 
-@every_memory
+@pytest.mark.parametrize("family", ["ttt_linear", "ttt_mlp"])
 def test_a_streamed_frame_whose_chunk_may_not_be_written_reads_nothing_either(family):
     stream_two_rows(on_meta(memory=family, write_every=2))
 

@@ -8,10 +8,11 @@ import moshi_ttt.states as states
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.hybrid import hybrid_layers, splice
 from moshi_ttt.lanes import named_tensors
+from moshi_ttt.memory import MEMORIES
 from tests.small import randomise_memories, small_lm
 from tests.test_hybrid import codes_for
 
-FAMILIES = ["ttt_linear", "ttt_mlp"]
+FAMILIES = list(MEMORIES)
 
 
 def spliced(family="ttt_mlp", **values):
@@ -42,8 +43,9 @@ def assert_moved(lm, saved, part):
     assert found
     for name, block in states.ttt_blocks(lm).items():
         start = block.memory.init_state(1)
-        w1 = found[f"{name}.fast.W1"]
-        assert (w1 - start.fast.W1.detach()).abs().max() > 1e-6
+        for weight in block.memory.op.WEIGHTS:
+            moved = found[f"{name}.fast.{weight}"] - getattr(start.fast, weight).detach()
+            assert moved.abs().max() > 1e-6
         assert found[f"{name}.fast.pos"].min() > 0
 
 
@@ -176,9 +178,10 @@ def test_a_reset_row_equals_a_new_row(family):
         states.reset_ttt_states(lm, mask)
         for name, block in states.ttt_blocks(lm).items():
             now, fresh = block._streaming_state.memory, block.memory.init_state(1)
-            assert torch.equal(now.fast.W1[1], fresh.fast.W1[0])
             assert now.fast.pos.tolist() == [13, 0]
-            assert torch.equal(now.fast.W1[0], saved[name]["streaming"]["fast.W1"][0])
+            for field, tensor in now.fast._asdict().items():
+                assert torch.equal(tensor[1], getattr(fresh.fast, field)[0])
+                assert torch.equal(tensor[0], saved[name]["streaming"][f"fast.{field}"][0])
     # lanes: row 1 starts over and equals a model that never heard the first segment
     first, second = codes[..., :13], codes[..., 13:]
     states.attach_ttt_states(lm, 2)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eval.bench.baselines import gelu_slope
-from moshi_ttt.memory import Memory
+from moshi_ttt.memory.ttt import TTT
 from moshi_ttt.ops.grid import position_scale
 from moshi_ttt.ops.norm import EPS, gelu, gelu_pull, inner_gradient, normalise
 
@@ -30,11 +30,11 @@ class PublishedState:
         frames: position in the stream, on the host.
     """
 
-    def __init__(self, memory: Memory, batch_size: int) -> None:
+    def __init__(self, memory: TTT, batch_size: int) -> None:
         s = memory.init_state(batch_size)
-        self.W = [x if x.dim() == 4 else x.unsqueeze(2) for x in s.fast[: len(memory.params()) - 4]]
+        self.W = [x if x.dim() == 4 else x.unsqueeze(2) for x in s.fast[: len(memory.op.WEIGHTS)]]
         self.grad = [torch.zeros_like(x) for x in self.W]
-        shape = batch_size, memory.width, memory.config.conv_width
+        shape = batch_size, memory.width, memory.config.options["conv_width"]
         self.conv = [s.conv.new_zeros(shape) for _ in range(2)]
         self.frames = 0
 
@@ -53,9 +53,10 @@ class Published:
         memory: the layer whose function it computes, with its slow weights.
     """
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: TTT) -> None:
         self.memory = memory
         with torch.no_grad():
+            assert memory.qkv_proj is not None
             self.projections = memory.qkv_proj.weight.chunk(3)
             self.taps, self.bias = memory.conv_weight.chunk(2), memory.conv_bias.chunk(2)
             self.tau = 1 / torch.arange(1, memory.config.chunk_size + 1)
@@ -71,7 +72,7 @@ class Published:
         q, k, v = (y.reshape(B, 1, H, D).transpose(1, 2) for y in (q, k, v))
         q, k = F.normalize(q, dim=-1, eps=EPS), F.normalize(k, dim=-1, eps=EPS)
         gate = torch.einsum("btc,hc->bht", x, m.lr_weight) + m.lr_bias.view(1, H, 1)
-        eta = (m.base_lr * m.lr_scale * torch.sigmoid(gate) / D).unsqueeze(-1)
+        eta = (m.config.options["base_lr"] * m.lr_scale * torch.sigmoid(gate) / D).unsqueeze(-1)
         at = state.frames % m.config.chunk_size
         tau = torch.clamp_min((self.tau + m.delta)[at : at + 1], 0.0).view(1, 1, 1, 1)
         gamma, beta = m.gamma.view(H, 1, D), m.beta.view(H, 1, D)
@@ -95,6 +96,7 @@ class Published:
         o = q + gamma * _standard(z)[0] + beta
         self._store(state, now, grad, last)
         o = o / torch.sqrt(o.pow(2).mean(-1, keepdim=True) + EPS) * m.out_scale.view(H, 1, D)
+        assert m.o_proj is not None
         return F.linear(o.transpose(1, 2).reshape(B, 1, H * D), m.o_proj.weight)
 
     def _convolve(self, i: int, y: Tensor, state: PublishedState) -> Tensor:
@@ -167,7 +169,7 @@ class DenseOp:
     def init_state(self, params: Any, batch_size: int) -> DenseState:
         """The memory before its first frame."""
         s = self.op.init_state(params, batch_size)
-        W = [x if x.dim() == 4 else x.unsqueeze(2) for x in s[: len(params) - 4]]
+        W = [x if x.dim() == 4 else x.unsqueeze(2) for x in s[: len(self.op.WEIGHTS)]]
         return DenseState(W, [torch.zeros_like(x) for x in W], s.k.new_empty(0), s.pos)
 
     @torch.no_grad()
@@ -180,10 +182,9 @@ class DenseOp:
         v: Tensor,
         eta: Tensor,
         exec_mask: Tensor | None = None,
-        write_every: int = 1,
     ) -> Tensor:
         """Pass one frame, all rows."""
-        assert write_every == 1
+        assert params.write_every == 1
         W, grad, C = state.W, state.grad, params.delta.shape[0]
         gamma, beta = params.gamma.unsqueeze(1), params.beta.unsqueeze(1)
         t = state.pos % C

@@ -37,11 +37,14 @@ from eval.bench.dense import DenseOp, Published, PublishedState
 from eval.bench.ops_table import TARGETS, table
 from eval.provenance import provenance
 from moshi_ttt.config import TTTConfig
-from moshi_ttt.memory import MEMORIES, Memory, build_memory
+from moshi_ttt.memory import MEMORIES, Memory
+from moshi_ttt.memory.ttt import TTT
 
 PAIRS = 5
 MIB = 2**20
 RESULTS = Path(__file__).parent / "results"
+FAMILIES = [name for name, family in MEMORIES.items() if issubclass(family, TTT)]
+"""Those with a dense form to be measured against."""
 
 
 @contextlib.contextmanager
@@ -57,6 +60,13 @@ def plain_autograd(memory: Memory) -> Iterator[None]:
         ),
     ):
         yield
+
+
+def make(family: str, chunk_size: int, width: int, heads: int) -> TTT:
+    """A fresh memory of the family."""
+    memory = MEMORIES[family](width, heads, TTTConfig(memory=family, chunk_size=chunk_size))
+    assert isinstance(memory, TTT)
+    return memory
 
 
 def train(memory: Memory, x: Tensor, weight: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -117,7 +127,7 @@ def measure(family: str, chunk_size: int, width: int, heads: int, frames: int) -
         ArithmeticError: a form and its baseline disagree.
     """
     torch.manual_seed(0)
-    memory = build_memory(width, heads, TTTConfig(memory=family, chunk_size=chunk_size))
+    memory = make(family, chunk_size, width, heads)
     x = torch.randn(1, frames, width, requires_grad=True)
     weight = torch.randn(1, frames, width)
 
@@ -191,8 +201,10 @@ def measure(family: str, chunk_size: int, width: int, heads: int, frames: int) -
 
 
 @torch.no_grad()
-def project(memory: Memory, x: Tensor) -> None:
+def project(memory: TTT, x: Tensor) -> None:
     """What a frame cannot do without: the matrices of q, k, v and the output, frame after frame."""
+    assert memory.qkv_proj is not None
+    assert memory.o_proj is not None
     for t in range(x.shape[1]):
         frame = x[:, t]
         torch.nn.functional.linear(frame, memory.qkv_proj.weight)
@@ -202,11 +214,11 @@ def project(memory: Memory, x: Tensor) -> None:
 def op_frame(family: str, chunk_size: int, width: int, heads: int) -> dict[str, Any]:
     """One frame of the op alone, low-rank and dense with the same kernels."""
     torch.manual_seed(0)
-    memory = build_memory(width, heads, TTTConfig(memory=family, chunk_size=chunk_size))
+    memory = make(family, chunk_size, width, heads)
     params, op, dense = memory.params(), memory.op, DenseOp(memory.op)
     q, k, v = torch.randn(3, 1, heads, 64, memory.head_dim).unbind()
     q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
-    eta = torch.rand(1, heads, 64) * memory.base_lr / memory.head_dim
+    eta = torch.rand(1, heads, 64) * memory.config.options["base_lr"] / memory.head_dim
 
     def run(form: Any, state: Any) -> Callable[[], Tensor]:
         def go() -> Tensor:
@@ -228,7 +240,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--memories", nargs="+", default=list(MEMORIES), choices=list(MEMORIES))
+    parser.add_argument("--memories", nargs="+", default=FAMILIES, choices=FAMILIES)
     parser.add_argument("--chunk-sizes", nargs="+", type=int, default=[16, 64])
     parser.add_argument("--frames", type=int, default=2048)
     parser.add_argument("--width", type=int, default=512)

@@ -7,8 +7,6 @@ off. A segment is as long as the attention window. Runs that are finished are no
 from __future__ import annotations
 
 import json
-import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from eval.bench.runs import recordings, timed, train
 from eval.provenance import provenance
 from eval.stats import estimate
-from moshi_ttt.errors import Parser, UserError, run_cli
+from moshi_ttt.errors import Parser, run_cli
 
 ARMS = {
     (passing, kv): f"{'on' if passing else 'off'}, {'on' if kv else 'off'}"
@@ -38,26 +37,17 @@ def run_dir(root: Path, arm: tuple[bool, bool], seed: int) -> Path:
     return root / f"passing_{'on' if passing else 'off'}_kv_{'on' if kv else 'off'}_{seed}"
 
 
-def train(arm: tuple[bool, bool], folder: Path, *more: object) -> None:
-    """Train one run in a process of its own, or finish it.
+def train_arm(arm: tuple[bool, bool], folder: Path, *more: object) -> None:
+    """Train one run, or finish it.
 
     Raises:
-        UserError: it failed; what it said is on stderr.
+        UserError: it failed.
     """
     passing, kv = arm
-    typed = [
-        "configs/tiny.yaml", *KEYS, "--carry_kv", str(kv).lower(), "--run_dir", folder, "--resume",
+    train(
+        folder, "configs/tiny.yaml", *KEYS, "--carry_kv", str(kv).lower(),
         "--state_passing" if passing else "--no_state_passing", *more,
-    ]  # fmt: skip
-    done = subprocess.run([sys.executable, "-m", "finetune.train", *map(str, typed)], check=False)
-    if done.returncode:
-        raise UserError(f"{folder}: training ended with status {done.returncode}")
-
-
-def recordings(folder: Path) -> dict[str, dict[str, float]]:
-    """Codebook 0 of the memory that is kept: recording -> range -> mean NLL."""
-    arms = json.loads((folder / "eval" / "results.json").read_text())["arms"]
-    return {name: kinds["codebook0"] for name, kinds in arms["kept"]["recordings"].items()}
+    )  # fmt: skip
 
 
 def compared(root: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -82,21 +72,6 @@ def compared(root: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
             row[f"{key} seeds"] = (mine - base).mean(1).tolist()
         rows.append(row)
     return rows
-
-
-def timed(root: Path, rounds: int, steps: int) -> dict[tuple[bool, bool], float]:
-    """Median seconds of a step of each arm, the arms in turn, so that other work hits all alike."""
-    seconds: dict[tuple[bool, bool], list[float]] = {arm: [] for arm in ARMS}
-    for turn in range(rounds):
-        for arm in ARMS:
-            folder = root / "timing" / f"{turn}_{run_dir(root, arm, 0).name}"
-            more = ("--max_steps", steps, "--log_freq", 1, "--do_ckpt", "false")
-            train(arm, folder, *more, "--eval.eval_after_training", "false")
-            log = (folder / "metrics.jsonl").read_text().splitlines()
-            lines = [json.loads(line) for line in log]
-            stamps = [line["seconds"] for line in lines if line["kind"] == "train"]
-            seconds[arm] += np.diff(stamps[2:]).tolist()
-    return {arm: statistics.median(found) for arm, found in seconds.items()}
 
 
 def as_markdown(rows: list[dict[str, Any]], seeds: Sequence[int]) -> str:
@@ -140,14 +115,20 @@ def main() -> None:
     )
     args = parser.parse_args()
 
+    def trained(arm: tuple[bool, bool], turn: int) -> Path:
+        folder = args.root / "timing" / f"{turn}_{run_dir(args.root, arm, 0).name}"
+        short = ("--max_steps", 12, "--log_freq", 1, "--do_ckpt", "false")
+        train_arm(arm, folder, *short, "--eval.eval_after_training", "false")
+        return folder
+
     def body() -> None:
         seeds = range(args.seeds)
         for seed in seeds:
             for arm in ARMS:
                 more = ("--seed", seed, "--max_steps", args.max_steps)
-                train(arm, run_dir(args.root, arm, seed), *more)
+                train_arm(arm, run_dir(args.root, arm, seed), *more)
         rows = compared(args.root, seeds)
-        steps = timed(args.root, args.rounds, 12)
+        steps = timed(list(ARMS), trained, args.rounds)
         least = steps[next(iter(ARMS))]
         for row, arm in zip(rows, ARMS, strict=True):
             row["step"] = steps[arm] / least

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from moshi_ttt.config import TTTConfig
-from moshi_ttt.memory.base import Memory, MemoryState
+from moshi_ttt.memory.atlas import Atlas
+from moshi_ttt.memory.base import Memory, MemoryState, Shared
+from moshi_ttt.memory.lact import LaCT
 from moshi_ttt.memory.ttt_linear import TTTLinear
 from moshi_ttt.memory.ttt_mlp import TTTMLP
 
-__all__ = ["MEMORIES", "TTTMLP", "Memory", "MemoryState", "TTTLinear", "build_memory"]
+__all__ = [
+    "MEMORIES",
+    "TTTMLP",
+    "Atlas",
+    "LaCT",
+    "Memory",
+    "MemoryState",
+    "Shared",
+    "TTTLinear",
+    "build_memory",
+]
 
-MEMORIES: dict[str, type[Memory]] = {"ttt_linear": TTTLinear, "ttt_mlp": TTTMLP}
+MEMORIES: dict[str, type[Memory]] = {
+    "ttt_linear": TTTLinear,
+    "ttt_mlp": TTTMLP,
+    "lact": LaCT,
+    "atlas": Atlas,
+}
 """Memory family, as `TTTConfig.memory` names it -> its module."""
 
 

@@ -6,14 +6,15 @@ import torch
 from torch import nn
 
 from moshi_ttt.config import TTTConfig
-from moshi_ttt.memory.base import Memory, full
+from moshi_ttt.memory.base import full
+from moshi_ttt.memory.ttt import TTT
 from moshi_ttt.ops import ttt_linear
 
 
-class TTTLinear(Memory):
+class TTTLinear(TTT):
     """A memory whose fast weights are one linear map per head (arXiv:2407.04620).
 
-    `W0 ~ N(0, 0.02)`, bias 0. See `Memory`.
+    `W0 ~ N(0, 0.02)`, bias 0. See `TTT`.
     """
 
     op = ttt_linear
@@ -26,5 +27,5 @@ class TTTLinear(Memory):
 
     def params(self) -> ttt_linear.Params:
         """The op's parameters, in float32 or better."""
-        start = (self.W1, self.b1, self.gamma, self.beta, self.delta)
-        return ttt_linear.Params._make([*map(full, start), self._decay()])
+        start = map(full, (self.W1, self.b1))
+        return ttt_linear.Params._make([*start, *self._rest()])

@@ -19,12 +19,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moshi_ttt.ops.grid import Grid, position_scale
+from moshi_ttt.ops.norm import normalise
 from moshi_ttt.ops.scan import scan
 from moshi_ttt.ops.stream import Fast, Slow, advance
 
+WEIGHTS = ("W1", "b1")
+"""The fast weights, as `State` and their start in `Params` name them."""
+MOMENTUM = ()
+"""What of a `State` is momentum."""
+
 
 class Params(NamedTuple):
-    """What outer training learns of the memory.
+    """What a call is given of the memory: what outer training learns of it, and a setting.
 
     Attributes:
         W1: `[H, D, D]`, start of the map (in, out).
@@ -33,6 +39,7 @@ class Params(NamedTuple):
         beta: `[H, D]`, offset of the layer norm.
         delta: `[C]`, learned part of the position scale; its length is the chunk size.
         decay: `[H]` in [0, 1), pull towards the start at each write; None is plain TTT.
+        write_every: chunks from write to write, N, counted from a row's reset.
     """
 
     W1: Tensor
@@ -41,6 +48,7 @@ class Params(NamedTuple):
     beta: Tensor
     delta: Tensor
     decay: Tensor | None
+    write_every: int = 1
 
 
 class State(NamedTuple):
@@ -86,7 +94,6 @@ def chunk(
     v: Float[Tensor, "B H T D"],
     eta: Float[Tensor, "B H T"],
     lengths: Int[Tensor, " B"] | None = None,
-    write_every: int = 1,
 ) -> tuple[Float[Tensor, "B H T D"], State]:
     """Pass T frames, chunk by chunk (the dual form); differentiable in everything.
 
@@ -100,7 +107,6 @@ def chunk(
         v: values.
         eta: inner learning rates, all factors in it.
         lengths: frames that exist in each row (the first ones); None means all T.
-        write_every: chunks from write to write, counted from a row's reset.
 
     Returns:
         The outputs, zero at frames that do not exist, and the state after the last frame. Both
@@ -111,7 +117,7 @@ def chunk(
     """
     B, H, T, D = q.shape
     dtype = state.W1.dtype
-    grid = Grid.of(state.pos, H, params.delta.shape[0], T, lengths, write_every)
+    grid = Grid.of(state.pos, H, params.delta.shape[0], T, lengths, params.write_every)
     if grid.n == 0:
         return q.new_zeros(q.shape, dtype=dtype), State(*(x.clone() for x in state))
     q, k, v = grid.lay(q.to(dtype)), grid.lay(k.to(dtype), state.k), grid.lay(v.to(dtype))
@@ -147,7 +153,6 @@ def step(
     v: Float[Tensor, "B H 1 D"],
     eta: Float[Tensor, "B H 1"],
     exec_mask: Bool[Tensor, " B"] | None = None,
-    write_every: int = 1,
 ) -> Float[Tensor, "B H 1 D"]:
     """Pass one frame; the state is written in place. No gradients.
 
@@ -168,7 +173,6 @@ def step(
         eta: inner learning rates, all factors in it.
         exec_mask: rows that have a frame; the others keep their state exactly, and their output
             means nothing. None is all.
-        write_every: chunks from write to write, counted from a row's reset.
 
     Returns:
         The output, in the state's dtype.
@@ -176,7 +180,18 @@ def step(
     W1, k_buf, g1 = (x.view(-1, *x.shape[2:]) for x in (state.W1, state.k, state.g1))
     fast = Fast([W1], [state.b1.view(-1, 1, state.b1.shape[2])], [k_buf], [g1], state.pos)
     slow = Slow(params.gamma, params.beta, params.delta, params.decay, params[:2])
-    return advance(slow, fast, q, k, v, eta, exec_mask, write_every)
+    return advance(slow, fast, q, k, v, eta, exec_mask, params.write_every)
+
+
+def inner_loss(
+    params: Params, state: State, k: Float[Tensor, "B H T D"], v: Float[Tensor, "B H T D"]
+) -> Float[Tensor, "B H T"]:
+    """`1/2 ||LN(f(k)) - (v - k)||^2` of frames, at the chunk-start weights of `state`."""
+    W1 = state.W1
+    z = torch.einsum("bhtd,bhde->bhte", k.to(W1.dtype), W1) + state.b1.unsqueeze(2)
+    gamma, beta = (x.to(W1.dtype).unsqueeze(1) for x in (params.gamma, params.beta))
+    error = gamma * normalise(z).xh + beta - (v - k).to(W1.dtype)
+    return 0.5 * error.square().sum(-1)
 
 
 def _raise(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 
 from eval.modes import writing_off
 from eval.perplexity import score
+from moshi_ttt.memory import MEMORIES
 from moshi_ttt.states import attach_ttt_states, reset_ttt_states, save_ttt_states, ttt_blocks
 from tests.eval.oracle import assert_same, forward_nll, streamed_nll
 from tests.eval.tiny_lm import CONTEXT, make_codes, make_lm, make_recordings
@@ -28,7 +29,7 @@ def lm():
 # -- the number ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("memory", [None, "ttt_linear", "ttt_mlp"])
+@pytest.mark.parametrize("memory", [None, *MEMORIES])
 def test_score_is_forward(memory):
     """Any number of frames a call, five windows long: the ring of 8 frames wraps."""
     lm = make_lm(memory)

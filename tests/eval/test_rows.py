@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.perplexity import score
+from moshi_ttt.memory import MEMORIES
 from moshi_ttt.states import reset_ttt_states
 from tests.eval.oracle import assert_same, forward_nll, lent_nll, memories_at, streamed_nll
 from tests.eval.tiny_lm import CONTEXT, make_lm, make_recordings
@@ -34,7 +35,7 @@ def how(kind, recordings, every=10):
 
 
 @pytest.mark.parametrize("rows", [2, 3, 64])
-@pytest.mark.parametrize("memory", [None, "ttt_linear", "ttt_mlp"])
+@pytest.mark.parametrize("memory", [None, *MEMORIES])
 def test_rows_out_of_step_are_forward(memory, rows, recordings):
     lm = make_lm(memory)
     wanted = [forward_nll(lm, codes) for codes in recordings]
@@ -167,7 +168,7 @@ def poisoned(memory, dtype=torch.float64):
     return lm, recordings, bad
 
 
-@pytest.mark.parametrize("memory", [None, "ttt_linear", "ttt_mlp"])
+@pytest.mark.parametrize("memory", [None, *MEMORIES])
 @pytest.mark.parametrize("rows", [1, 2, 3, 7])
 def test_a_nan_stays_in_its_recording(memory, rows):
     """Neither the rows beside it see it, nor the recording that follows in its row."""

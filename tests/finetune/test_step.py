@@ -13,6 +13,7 @@ from finetune.optim import Group, MasterAdamW
 from finetune.step import memory_metrics, state_norms, train_step
 from moshi_ttt.hybrid import carry_kv
 from moshi_ttt.lanes import attach_lanes, lanes_of
+from moshi_ttt.memory import MEMORIES
 from moshi_ttt.states import attach_ttt_states, detach_ttt_states, save_ttt_states, ttt_blocks
 from tests.finetune.test_loss import FRAMES, WEIGHTS, batch, segment, sums_of
 from tests.small import small_hybrid, small_lm
@@ -259,7 +260,7 @@ def test_without_passing_each_segment_starts_from_w0():
 # -- the states that a step leaves -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["ttt_mlp", "ttt_linear"])
+@pytest.mark.parametrize("family", list(MEMORIES))
 def test_the_state_after_a_segment_is_measured(family):
     """By hand: attach, one forward, norms of the fast weights row by row."""
     lm = double(memory=family)
@@ -268,8 +269,8 @@ def test_the_state_after_a_segment_is_measured(family):
         TeacherForced(lm)(CUTS["1x4"][0].sequence)
     squares, moved = torch.zeros(4).double(), torch.zeros(4).double()
     for saved, block in zip(save_ttt_states(lm).values(), ttt_blocks(lm).values(), strict=True):
-        for name in ("W1", "b1", "W2", "b2") if family == "ttt_mlp" else ("W1", "b1"):
-            w, start = saved["lanes"][f"fast.{name}"], getattr(block.memory, name)
+        for name in block.memory.op.WEIGHTS:
+            w, start = saved["lanes"][f"fast.{name}"], getattr(block.memory.params(), name)
             squares += w.square().flatten(1).sum(1)
             moved += (w - start).square().flatten(1).sum(1)
     detach_ttt_states(lm)

@@ -1,9 +1,4 @@
-"""The definitions: each memory frame by frame, its inner gradient by autograd of the written loss.
-
-This is the oracle the fast forms are held to. It is slow on purpose, imports none of them and knows
-nothing of their algebra: no dual form, no hand-written gradient, no buffer of rank-one writes. One
-batch row after another, one frame after another; the heads of a frame run side by side, because no
-head reads another's.
+"""TTT-Linear and TTT-MLP by definition; see the package for what a definition is.
 
 The memory of one head is a function `f` whose weights `W` are trained while frames pass,
 arXiv:2407.04620 (section 2.1: a hidden state that is a model; 2.3: keys, values and queries as

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from moshi_ttt.ops import naive
+from moshi_ttt.ops.naive import ttt as naive
 
 NAIVE = {"ttt_linear": naive.ttt_linear, "ttt_mlp": naive.ttt_mlp}
 

@@ -22,7 +22,9 @@ from eval.provenance import provenance
 from eval.scores import Item
 from eval.trainings import training_of, unlike
 from finetune.data.codes import CodesCache
+from finetune.data.manifest import Source
 from finetune.data.recording import Recording
+from finetune.model import codec_needed
 from moshi_ttt import tiny
 from moshi_ttt.checkpoint import Described, describe
 from moshi_ttt.errors import Parser, UserError
@@ -198,9 +200,9 @@ def read_items(
         UserError: none can be read.
     """
     info, device = models.main.base.info, models.device
-    cache = CodesCache(
-        args.codes_cache, info.get_mimi(device), load_mimi=info.get_mimi, mono_side=args.side
-    )
+    needed = codec_needed(models.main.base, [Source(Path(), 1.0, tuple(books))])
+    mimi = info.get_mimi(device) if needed else None
+    cache = CodesCache(args.codes_cache, mimi, load_mimi=info.get_mimi, mono_side=args.side)
     files = [file for book in books for file in book.files]
     there = sum(cache.file(file.path).exists() for file in files)
     stored = sum(book.stored is not None for book in books)

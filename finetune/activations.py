@@ -7,7 +7,6 @@ bytes of a number; attention is the fused one, whose mask is a matrix in the com
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from moshi.models.lm import LMModel
@@ -20,6 +19,7 @@ from moshi.modules.transformer import (
 )
 from torch import nn
 
+from finetune.memory_activations import memory_extra, memory_kept
 from moshi_ttt.block import HybridSeqModelingBlock
 from moshi_ttt.hybrid import BLOCK
 
@@ -223,63 +223,14 @@ def _layer(
         0 if block is None else _memory(block, run),
         feeds,
         max(6 * w * n * d, 10 * mask),  # int64 distances of positions, and booleans
-        0 if block is None else _memory_extra(block, run),
+        0 if block is None else memory_extra(block, run),
         4 * w * n * hidden // steps + 2 * w * n * d,
     )
 
 
-def _sizes(block: HybridSeqModelingBlock) -> tuple[int, int, int]:
-    """Numbers of one row's fast weights, and per slot of a chunk: rows of G and X, hidden width."""
-    memory = block.memory
-    H, D, F = (
-        memory.num_heads,
-        memory.head_dim,
-        block.config.options.get("hidden_mult", 1) * memory.head_dim,
-    )
-    if block.config.memory == "ttt_mlp":
-        return H * (2 * D * F + F + D), H * (2 * F + D), H * F
-    return H * (D * D + D), H * D, 0
-
-
-def _chunks(block: HybridSeqModelingBlock, run: Pass) -> tuple[int, int]:
-    """Chunks of a segment at most, and how many of them make a group of the scan."""
-    n = -(-run.frames // block.config.chunk_size) + 1
-    return n, math.isqrt(n - 1) + 1
-
-
 def _memory(block: HybridSeqModelingBlock, run: Pass) -> int:
-    """A memory without checkpointing, the states at the groups' starts among it."""
-    memory, w, N = block.memory, run.width, run.rows * run.frames
-    d, H, C = memory.width, memory.num_heads, block.config.chunk_size
-    fast, buffers, _ = _sizes(block)
-    n, size = _chunks(block, run)
-    states = (
-        (-(-n // size) + 1) * fast + C * buffers + 2 * (block.config.options["conv_width"] - 1) * d
-    )
-    laid = n * C * (3 * d + H)
-    own = 4 * (d + H) + w * d + (4 * d if w < 4 else 0)
-    own += 0 if run.adapts and block.norm is None else w * d
-    kept = run.rows * 4 * (states + laid) + N * own
-    return kept if block.norm is None else kept + _norm(block.norm, N, d, run)
-
-
-def _memory_extra(block: HybridSeqModelingBlock, run: Pass) -> int:
-    """What a memory's backward needs: a group of chunks made again, or q and k made again."""
-    d, C = block.memory.width, block.config.chunk_size
-    fast, _, hidden = _sizes(block)
-    _, size = _chunks(block, run)
-    group = (2 * size + 6) * fast + size * C * (12 * d + 10 * hidden)
-    laid = run.frames * 8 * d
-    queries = run.frames * 28 * d
-    return run.rows * 4 * max(group + laid, queries)
-
-
-def lane_bytes(block: HybridSeqModelingBlock) -> int:
-    """Bytes of one lane's state of a memory: fast weights, unfinished chunk, convolution."""
-    memory, C = block.memory, block.config.chunk_size
-    fast, buffers, _ = _sizes(block)
-    conv = 2 * (block.config.options["conv_width"] - 1) * memory.width
-    return 4 * (fast + C * (memory.width + buffers) + conv) + 8
+    kept, n = memory_kept(block, run), run.rows * run.frames
+    return kept if block.norm is None else kept + _norm(block.norm, n, block.memory.width, run)
 
 
 def _up(n: int, to: int) -> int:

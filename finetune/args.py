@@ -7,29 +7,46 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from finetune.checks import at_least, check, one_of, positive
+from finetune.sizes import SIZES
 from moshi_ttt.config import TTTConfig
 
 
 @dataclass(frozen=True)
 class ModelPaths:
-    """Where the base model is.
+    """Where the base model is, or that there is none.
 
     Attributes:
         hf_repo_id: repository on the Hugging Face hub, or null if all four paths are given.
+        size: of `finetune.sizes`: no base but random weights from `seed`, all of them trained, on
+            codes. Mimi and tokenizer are then optional: for audio and for transcripts.
         mimi_path: Mimi's weights.
         moshi_path: the language model's weights.
         tokenizer_path: the sentencepiece model of the text.
         config_path: config.json of the language model.
     """
 
-    hf_repo_id: str | None = "kyutai/moshiko-pytorch-bf16"
+    hf_repo_id: str | None = ""
+    size: str | None = None
     mimi_path: str | None = None
     moshi_path: str | None = None
     tokenizer_path: str | None = None
     config_path: str | None = None
 
     def __post_init__(self) -> None:
-        """Check every value."""
+        """Fill in the default repository and check every value."""
+        if self.hf_repo_id == "":  # not given; a file's empty text is null
+            default = None if self.size else "kyutai/moshiko-pytorch-bf16"
+            object.__setattr__(self, "hf_repo_id", default)
+        if self.size is not None:
+            one_of(self, "size", tuple(SIZES))
+            for key in ("hf_repo_id", "moshi_path", "config_path"):
+                value = getattr(self, key)
+                check(
+                    value is None,
+                    f"{key} is {value!r}, but size is {self.size!r}, which is random weights: "
+                    "leave one of them out",
+                )
+            return
         paths = ("moshi_path", "mimi_path", "tokenizer_path", "config_path")
         missing = [p for p in paths if not getattr(self, p)]
         check(
@@ -267,6 +284,12 @@ class TrainArgs:
         check(
             not (full and lora.enable),
             "full_finetuning and lora.enable contradict each other: both are true",
+        )
+        size = self.moshi_paths.size
+        check(
+            full or size is None,
+            f"full_finetuning is false, but moshi_paths.size is {size!r}, and random weights are "
+            "all trained: set it to true",
         )
         check(
             full or lora.enable or not lora.ft_embed,

@@ -13,9 +13,10 @@ from moshi.models import loaders
 from moshi.models.lm import LMModel
 from torch import nn
 
-from finetune.activations import Activations, Pass, activations, lane_bytes
+from finetune.activations import Activations, Pass, activations
 from finetune.args import TrainArgs
 from finetune.data.corpus import segment_frames
+from finetune.memory_activations import lane_bytes
 from finetune.optim import parameter_groups
 from finetune.world import Rows
 from moshi_ttt.block import HybridSeqModelingBlock

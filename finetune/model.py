@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,19 @@ from safetensors import SafetensorError
 from sentencepiece import SentencePieceProcessor
 
 from finetune.args import TrainArgs
+from finetune.data.manifest import Source
+from finetune.data.stored_checks import needs_codec
 from finetune.memory_use import check_fits
+from finetune.sizes import SIZES
 from moshi_ttt import states
 from moshi_ttt.base import CONFIG_FILE, Base, find_base, fingerprint, load_base, read_json
 from moshi_ttt.errors import UserError, no_space_left
 from moshi_ttt.hybrid import Spliced, splice
 from moshi_ttt.lora import add_lora, load_lora
+from moshi_ttt.untrained import Recipe, UntrainedInfo, read_recipe, write_untrained
 
+UNTRAINED = Path("data/untrained")
+"""Where the bases of runs from random weights are noted down: some kB each, no weights."""
 SEVEN_B = ("kyutai/moshiko-pytorch", "kyutai/moshika-pytorch")
 """Repositories known to be Moshi 7B, whatever the suffix: their size needs no network."""
 _NOT_OF_THE_LM = (
@@ -78,13 +85,24 @@ def _unreachable(name: str, error: Exception) -> UserError:
     )
 
 
-def find_base_of(args: TrainArgs) -> Base:
-    """The base that `moshi_paths` names.
+def find_base_of(args: TrainArgs, sources: Sequence[Source] = ()) -> Base:
+    """The base that `moshi_paths` names; of a `size`, random weights for the codes of `sources`.
 
     Raises:
         UserError: it is not there, or the hub cannot be reached.
     """
     paths = args.moshi_paths
+    if paths.size is not None:
+        stored = (r.stored for s in sources for r in s.recordings)
+        codec = next((x.codec for x in stored if x), None)
+        recipe, config = Recipe(args.seed, codec), SIZES[paths.size]
+        digest = hashlib.sha256(f"{config} {recipe}".encode()).hexdigest()
+        folder = UNTRAINED / f"{paths.size}-seed{args.seed}-{digest[:8]}"
+        return find_base(
+            write_untrained(folder, config, recipe),
+            mimi_path=paths.mimi_path,
+            tokenizer_path=paths.tokenizer_path,
+        )
     name = paths.hf_repo_id or ""
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise UserError(f"moshi_paths.hf_repo_id {name}: no such folder")
@@ -122,14 +140,47 @@ def codec_file(base: Base) -> str:
         return fingerprint(base.info.mimi_weights)
 
 
+def codec_needed(base: Base, sources: Sequence[Source]) -> bool:
+    """Whether Mimi has to be loaded: for audio, or to see that stored codes are its own.
+
+    Raises:
+        UserError: its file is broken; or it is needed and the base, an untrained one, has none; or
+            has none and was trained on the codes of another Mimi.
+    """
+    if base.info.mimi_weights.is_file() or not isinstance(base.info, UntrainedInfo):
+        return needs_codec(sources, codec_file(base))
+    recipe = read_recipe(base.info.moshi_weights)
+    codec = None if recipe is None else recipe.codec
+    for recording in (r for s in sources for r in s.recordings):
+        if recording.stored is None:
+            raise UserError(
+                f"{recording.where}: this is audio, and base {base.name} has no Mimi: encode it "
+                "(python -m finetune.encode --base), name moshi_paths.mimi_path, or put Mimi's "
+                f"file at {base.info.mimi_weights}"
+            )
+        if codec not in (None, recording.stored.codec):
+            raise UserError(
+                f"{recording.where}: its codes are of another codec "
+                f"({recording.stored.codec[:12]}) than those that the model is trained on "
+                f"({codec[:12]}): encode all of them with one base"
+            )
+    return False
+
+
 def load_tokenizer(base: Base) -> SentencePieceProcessor:
     """The text tokenizer of a base.
 
     Raises:
-        UserError: its file is broken.
+        UserError: its file is broken, or has more tokens than the model.
     """
     with _readable(f"base {base.name}: tokenizer ({base.info.tokenizer})"):
-        return base.info.get_text_tokenizer()
+        found = base.info.get_text_tokenizer()
+    tokens, known = len(found), base.lm_config["text_card"]
+    if tokens > known:
+        raise UserError(
+            f"tokenizer {base.info.tokenizer} has {tokens} tokens, but the model knows {known}"
+        )
+    return found
 
 
 _BROKEN = (

@@ -21,7 +21,7 @@ from finetune.data.codes import CodesCache
 from finetune.data.loader import Layout, Loader
 from finetune.data.manifest import Source, read_sources
 from finetune.data.recording import Recording
-from finetune.data.stored_checks import check_codes, needs_codec
+from finetune.data.stored_checks import check_codes
 from finetune.load_args import load_args
 from finetune.loop import Loop, say
 from finetune.loss import TeacherForced
@@ -31,7 +31,7 @@ from finetune.model import (
     build_model,
     check_lora_file,
     check_remote,
-    codec_file,
+    codec_needed,
     find_base_of,
     load_mimi,
     load_tokenizer,
@@ -100,7 +100,7 @@ def _train(
     here.wait()
     sources = read_sources(args.data.train_data)
     held_out = read_sources(args.data.eval_data) if after.wanted(args) else []
-    base = find_base_of(args)
+    base = find_base_of(args, sources)
     panel = after.panel_of(args, base)
     heard = [*sources, *held_out, Source(Path("eval.librilight_data"), 1.0, tuple(panel))]
     saved = None if state is None else len(read_about(state)["reading"]["lanes"])
@@ -108,6 +108,7 @@ def _train(
     need = check_fits(base.lm_config, args, device, rows)
     sides, card = base.lm_config["n_q"] - base.lm_config["dep_q"], base.lm_config["card"]
     check_codes(heard, max(base.lm_config["dep_q"], sides), card)
+    needed = codec_needed(base, heard)
     size, free = need.parameters / 1e6, need.trainable / 1e6
     say(here, f"     base {base.name}: {size:.2f} M parameters, {free:.2f} M of them trained")
     say(here, f"     needs about {need.total / 2**30:.2f} GiB")
@@ -131,7 +132,6 @@ def _train(
     attach_lanes(lm, rows.batch_size, rows.slots)
 
     say(here, "2/5  speech to codes (made once, then re-used)")
-    needed = needs_codec(heard, codec_file(base))
     mimi, tokenizer = load_mimi(base, device) if needed else None, load_tokenizer(base)
     cache = CodesCache(
         args.data.codes_cache, mimi, load_mimi=base.info.get_mimi, mono_side=args.data.mono_side

@@ -16,6 +16,8 @@ from moshi_ttt.errors import UserError
 
 T = TypeVar("T")
 _NOTHING = (None, "", "null", "none", "None")
+_NONE_IS_A_VALUE = ("ttt.polynomial",)
+"""Keys of which the word `none` is a value; of all others it is null."""
 _FALSE, _TRUE = (False, "false", "False", "off"), (True, "true", "True", "on")
 
 
@@ -136,6 +138,8 @@ class Values:
 
     def _union(self, value: Any, arms: tuple[Any, ...], key: str) -> Any:
         section = any(is_dataclass(a) for a in arms)
+        if key in _NONE_IS_A_VALUE and value in ("none", "None"):
+            return "none"
         if type(None) in arms and (value in _NOTHING or (section and value in _FALSE)):
             return None
         if section and value in _TRUE:

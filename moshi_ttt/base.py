@@ -17,6 +17,13 @@ from moshi.models.loaders import CheckpointInfo, get_moshi_lm
 from safetensors import safe_open
 
 from moshi_ttt.errors import UserError
+from moshi_ttt.untrained import (
+    MIMI,
+    MIMI_CONFIG,
+    TOKENIZER,
+    UntrainedInfo,
+    read_recipe,
+)
 
 CONFIG_FILE = "config.json"
 LORA_KEYS = ("lora", "lora_rank", "lora_scaling", "lora_name")
@@ -89,6 +96,12 @@ def find_base(
     for argument, path in given.items():
         if not path.is_file():
             raise UserError(f"base {name}: {argument.replace('_', ' ')} {path} does not exist")
+    untrained = folder.is_dir() and read_recipe(given["moshi_weights"]) is not None
+    if untrained:  # what is not there is missed when it is needed
+        given.setdefault("mimi_weights", folder / MIMI)
+        given.setdefault("tokenizer", folder / TOKENIZER)
+        if (folder / MIMI_CONFIG).is_file():
+            given.setdefault("mimi_config_path", folder / MIMI_CONFIG)
     if not folder.is_dir() and str(name).count("/") != 1:
         raise UserError(f"base {name}: no such folder, and not a hub repository (owner/name)")
     try:
@@ -105,7 +118,7 @@ def find_base(
     for path in (info.moshi_weights, info.mimi_weights):
         if path.suffix != ".safetensors":  # moshi would unpickle it: that can run anything
             raise UserError(f"base {name}: {path} is not a .safetensors file; nothing else is read")
-    return Base(str(name), info)
+    return Base(str(name), UntrainedInfo.of(info) if untrained else info)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -167,7 +180,7 @@ def load_base(
     dtype: torch.dtype = torch.bfloat16,
     wider: int = 1,
 ) -> LMModel:
-    """Load the stock LM through moshi's own loader.
+    """Load the stock LM through moshi's own loader; one that is `untrained` is made from its seed.
 
     Args:
         base: which.
@@ -182,8 +195,12 @@ def load_base(
     config = dict(base.lm_config)
     if wider != 1:
         config["context"] = config["context"] * wider
+    recipe = read_recipe(base.info.moshi_weights)
     try:
-        lm = get_moshi_lm(base.info.moshi_weights, config, device, dtype)
+        if recipe is not None:
+            lm = recipe.build(config, device, dtype)
+        else:
+            lm = get_moshi_lm(base.info.moshi_weights, config, device, dtype)
     except (RuntimeError, TypeError) as error:
         raise UserError(f"base {base.name}: {' '.join(str(error).split())[:300]}") from error
     return lm.eval()

@@ -30,10 +30,13 @@ from moshi_ttt.files import folder_written_whole
 from moshi_ttt.hybrid import BLOCK, HybridLMModel, splice
 from moshi_ttt.lora import load_lora, lora_layers, lora_state_dict
 from moshi_ttt.states import ttt_blocks
+from moshi_ttt.untrained import UntrainedInfo, read_recipe, write_untrained
 
 FORMAT = 1
 LORA_FILE, TTT_FILE, FULL_FILE = "lora.safetensors", "ttt.safetensors", "consolidated.safetensors"
 TTT_CONFIG_FILE = "ttt.json"
+BASE_FOLDER = "base"
+"""In a checkpoint of a model that began with random weights: what it began with."""
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float64)}
 
 
@@ -107,7 +110,11 @@ def write_consolidated(
         "mimi_name": base.info.mimi_weights,
         "tokenizer_name": base.info.tokenizer,
     }
-    if Path(base.name).is_dir():  # stock moshi reads local files as file:///...
+    recipe = read_recipe(base.info.moshi_weights)
+    if isinstance(base.info, UntrainedInfo) and recipe is not None:
+        config |= base.info.names
+        write_untrained(out / BASE_FOLDER, base.lm_config | base.info.names, recipe)
+    elif Path(base.name).is_dir():  # stock moshi reads local files as file:///...
         config |= {k: f"file://{Path(v).resolve()}" for k, v in names.items()}
         if "mimi_config_name" in config:
             mimi = Path(base.name) / str(config["mimi_config_name"]).removeprefix("file://")
@@ -210,7 +217,9 @@ def describe(
         raise UserError(f"{folder / TTT_CONFIG_FILE} lacks {missing[0]!r}")
     if about["dtype"] not in _DTYPES:
         raise UserError(f"{folder / TTT_CONFIG_FILE}: dtype {about['dtype']!r} is not one of ours")
-    base = base if isinstance(base, Base) else find_base(base or about["base"]["name"])
+    own = folder / BASE_FOLDER
+    name = own if own.is_dir() else about["base"]["name"]
+    base = base if isinstance(base, Base) else find_base(base or name)
     weights = folder / FULL_FILE if about["full"] else base.info.moshi_weights
     _check_base(weights, about["base"], base, verify_base)
     saved = None

@@ -107,4 +107,5 @@ def _with_codec(lm: LMModel, base: Base, device: torch.device, name: str) -> Tal
 def _stored_dtype(weights: Path) -> torch.dtype:
     with safe_open(weights, "pt") as file:
         stored = {file.get_slice(key).get_dtype() for key in file.keys()} & set(_DTYPES)
-    return _DTYPES[min(stored, key=list(_DTYPES).index)]
+    # an untrained base stores none
+    return _DTYPES[min(stored, key=list(_DTYPES).index, default="F32")]

@@ -289,7 +289,9 @@ def test_checkpointing_gives_the_same_gradients(family, lanes):
             losses.append(out.text_logits.square().mean() + out.logits[out.mask].square().mean())
         sum(losses).backward()
         grads.append({n: p.grad for n, p in lm.named_parameters()})
-    assert any(g is not None and g.abs().max() > 0 for n, g in grads[0].items() if n.endswith(("W1", "Wo")))
+    assert any(
+        g is not None and g.abs().max() > 0 for n, g in grads[0].items() if n.endswith(("W1", "Wo"))
+    )
     for name, want in grads[0].items():
         got = grads[1][name]
         assert (want is None) == (got is None), name

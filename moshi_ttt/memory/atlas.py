@@ -54,10 +54,10 @@ class Atlas(Memory):
 
     def params(self) -> atlas.Params:
         """The op's parameters, in float32 or better."""
-        slow = (self.W1, self.W2, self.coef, self.proj)
         options = self.config.options
         return atlas.Params(
-            *(None if x is None else full(x) for x in slow),
+            full(self.W1),
+            *(None if x is None else full(x) for x in (self.W2, self.coef, self.proj)),
             chunk_size=self.config.chunk_size,
             window=options["window"],
             muon=options["muon"],

@@ -350,3 +350,13 @@ def test_through_fire(config):
     assert load("--ttt.layers", "1,3").ttt.layers == (1, 3)
     with pytest.raises(UserError, match="--max_step: unknown key"):
         load("--max_step", "3")
+
+
+@pytest.mark.parametrize("word", ["none", "'none'"])
+def test_none_is_a_polynomial_and_not_null(config, word):
+    text = f"{OURS}  memory: atlas\n  polynomial: {word}\n"
+    assert load_args(config(text)).ttt.polynomial == "none"
+    given = {"ttt.memory": "atlas", "ttt.polynomial": "none"}
+    assert load_args(config(OURS), given).ttt.polynomial == "none"
+    unsaid = f"{OURS}  memory: atlas\n  polynomial: null\n"
+    assert load_args(config(unsaid)).ttt.polynomial == "elementwise"

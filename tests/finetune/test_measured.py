@@ -27,6 +27,8 @@ CONFIG = {**_lm_kwargs, **LM_KWARGS, **SHAPE}
 MLP, LINEAR = (
     TTTConfig(memory=m, layers="all", chunk_size=4, num_heads=2) for m in ("ttt_mlp", "ttt_linear")
 )
+LACT = TTTConfig(memory="lact", layers="all", chunk_size=8, num_heads=2, low_rank=4, stacked=2)
+ATLAS = TTTConfig(memory="atlas", layers="all", chunk_size=8, num_heads=2)
 BASE = TrainArgs(
     data=DataArgs(train_data="random"), run_dir="none", lora=LoraArgs(enable=True, rank=4),
     ttt=MLP, duration_sec=4.0, batch_size=2, gradient_checkpointing=False,
@@ -51,6 +53,23 @@ CASES = {
     "linear": {"ttt": LINEAR},
     "linear, checkpointing": {"ttt": LINEAR, "gradient_checkpointing": True},
     "after attention": {"ttt": replace(MLP, placement="after_attention", chunk_size=16)},
+    "lact": {"ttt": LACT},
+    "lact, long, checkpointing": {
+        "ttt": LACT, "duration_sec": 16.0, "gradient_checkpointing": True
+    },
+    "lact, shared, all of the base": {
+        "ttt": replace(LACT, projection="shared"), "lora": NO_LORA, "full_finetuning": True,
+        "gradient_checkpointing": True, "num_microbatches": 2, "batch_size": 1,
+    },
+    "lact, plain, narrow heads": {
+        "ttt": replace(LACT, stacked=1, momentum=False, muon=False, head_dim=12)
+    },
+    "atlas": {"ttt": ATLAS},
+    "atlas, long, checkpointing": {
+        "ttt": ATLAS, "duration_sec": 16.0, "gradient_checkpointing": True
+    },
+    "atlas, muon": {"ttt": replace(ATLAS, muon=True), "gradient_checkpointing": True},
+    "atlas, outer, linear": {"ttt": replace(ATLAS, polynomial="outer", deep=False)},
     "no memory": {"ttt": None},
     "no memory, checkpointing": {"ttt": None, "gradient_checkpointing": True},
     "embeddings": {"lora": LoraArgs(enable=True, rank=4, ft_embed=True)},

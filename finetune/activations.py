@@ -1,7 +1,8 @@
-"""Bytes that a forward keeps for its backward, and that the backward needs besides: the formulas.
+"""Bytes that a forward keeps for its backward, and that the backward needs besides.
 
-Each is what moshi's and our own code saves, tensor by tensor, at `N = rows * T` frames and `w`
-bytes of a number; attention is the fused one, whose mask is a matrix in the compute dtype.
+Of the base they are formulas: what moshi's code saves, tensor by tensor, at `N = rows * T` frames
+and `w` bytes of a number; attention is the fused one, whose mask is a matrix in the compute dtype.
+A memory's are counted by `finetune.traced`, whatever the family.
 `tests/finetune/test_measured.py` holds all of it against measured bytes.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from moshi.models.lm import LMModel
 from moshi.modules.lora import LoRALinear
 from moshi.modules.transformer import (
@@ -19,9 +21,8 @@ from moshi.modules.transformer import (
 )
 from torch import nn
 
-from finetune.memory_activations import memory_extra, memory_kept
-from moshi_ttt.block import HybridSeqModelingBlock
-from moshi_ttt.hybrid import BLOCK
+from finetune.traced import Traced, trace
+from moshi_ttt.hybrid import HybridStreamingTransformerLayer
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Pass:
     Attributes:
         rows: of a micro-batch, B.
         frames: of a segment, T.
-        width: bytes of a number in the compute dtype, w.
+        dtype: that layers compute in.
         rank: of LoRA; 0 is none.
         full: whether the base is trained.
         embeddings: whether embeddings are trained.
@@ -41,12 +42,17 @@ class Pass:
 
     rows: int
     frames: int
-    width: int
+    dtype: torch.dtype
     rank: int
     full: bool
     embeddings: bool
     checkpointing: bool
     carry_kv: bool
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in the compute dtype, w."""
+        return self.dtype.itemsize
 
     @property
     def adapts(self) -> bool:
@@ -89,15 +95,15 @@ class Activations:
 def activations(lm: LMModel, run: Pass) -> Activations:
     """What a model, all that is trained put in, needs for one segment of one micro-batch."""
     layers = [_temporal(x) for x in lm.transformer.layers]
-    blocks = [_block(x) for x in layers]
+    memories = [isinstance(x, HybridStreamingTransformerLayer) for x in layers]
     N, w, d = run.rows * run.frames, run.width, lm.dim
     learns = run.adapts or run.embeddings
-    first = 0 if learns else next(i for i, b in enumerate(blocks) if b is not None)
+    first = 0 if learns else memories.index(True)
     shape = run.rows, run.frames
     bodies = [
-        _layer(x, b, run, *shape, moving=run.embeddings or i > first)
-        for i, (x, b) in enumerate(zip(layers, blocks, strict=True))
-    ][first:]
+        _layer(x, run, *shape, moving=run.embeddings or i > first)
+        for i, x in list(enumerate(layers))[first:]
+    ]
     inputs = w * d * N * len(bodies)
     temporal = inputs if run.checkpointing else sum(body.kept for body in bodies)
     temporal += _norm(lm.out_norm, N, d, run) + run.rank * w * N * (1 + lm.dep_q)
@@ -112,7 +118,7 @@ def activations(lm: LMModel, run: Pass) -> Activations:
         head, flat = lm.linears[0], (N, lm.dep_q)
         assert isinstance(head, nn.Linear | LoRALinear)
         dd = head.in_features
-        bodies = [_layer(x, None, run, *flat, moving=True) for x in steps]
+        bodies = [_layer(x, run, *flat, moving=True) for x in steps]
         inputs = w * dd * N * lm.dep_q * len(steps)
         depth = inputs if run.checkpointing else sum(body.kept for body in bodies)
         if run.adapts:  # the heads' inputs
@@ -127,12 +133,6 @@ def activations(lm: LMModel, run: Pass) -> Activations:
 def _temporal(layer: nn.Module) -> StreamingTransformerLayer:
     assert isinstance(layer, StreamingTransformerLayer)
     return layer
-
-
-def _block(layer: nn.Module) -> HybridSeqModelingBlock | None:
-    block = getattr(layer, BLOCK, None)
-    assert block is None or isinstance(block, HybridSeqModelingBlock)
-    return block
 
 
 def _norm(norm: nn.Module, n: int, d: int, run: Pass) -> int:
@@ -186,13 +186,7 @@ class _Body:
 
 
 def _layer(
-    layer: StreamingTransformerLayer,
-    block: HybridSeqModelingBlock | None,
-    run: Pass,
-    rows: int,
-    T: int,
-    *,
-    moving: bool,
+    layer: StreamingTransformerLayer, run: Pass, rows: int, T: int, *, moving: bool
 ) -> _Body:
     """A layer on `rows` of T frames; `moving` is whether its input has a gradient."""
     attention, w, n = layer.self_attn, run.width, rows * T
@@ -217,20 +211,20 @@ def _layer(
     if run.full:
         scales = (layer.layer_scale_1, layer.layer_scale_2)
         feeds += w * n * d * sum(isinstance(x, LayerScale) for x in scales)
-    steps = max(1, layer.weights_per_step)
+    steps, memory = max(1, layer.weights_per_step), Traced(0, 0)
+    if isinstance(layer, HybridStreamingTransformerLayer):
+        attended = moving or run.adapts
+        memory = trace(
+            layer, rows, T, run.dtype, moving=moving, attended=attended, holds=run.adapts
+        )
     return _Body(
         attends,
-        0 if block is None else _memory(block, run),
+        memory.kept,
         feeds,
         max(6 * w * n * d, 10 * mask),  # int64 distances of positions, and booleans
-        0 if block is None else memory_extra(block, run),
+        memory.extra,
         4 * w * n * hidden // steps + 2 * w * n * d,
     )
-
-
-def _memory(block: HybridSeqModelingBlock, run: Pass) -> int:
-    kept, n = memory_kept(block, run), run.rows * run.frames
-    return kept if block.norm is None else kept + _norm(block.norm, n, block.memory.width, run)
 
 
 def _up(n: int, to: int) -> int:

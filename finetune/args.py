@@ -153,6 +153,28 @@ class OptimArgs:
 
 
 @dataclass(frozen=True)
+class GateRegArgs:
+    """A term of the loss that pushes every gate of the memories away from one half.
+
+    It is `weight * mean of 4 g (1 - g)` over the channels of all memories, `g = |tanh(gate)|`, and
+    in no NLL that is reported.
+
+    Attributes:
+        weight: 0 is off.
+        warmup_steps: steps, from `memory_start_step` on, in which the weight rises from 0, in a
+            line; null is the outer warm-up.
+    """
+
+    weight: float = 0.0
+    warmup_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        at_least(self, 0, "weight")
+        at_least(self, 1, "warmup_steps")
+
+
+@dataclass(frozen=True)
 class WandbArgs:
     """Weights & Biases; metrics go to JSONL in any case.
 
@@ -221,6 +243,9 @@ class TrainArgs:
         memory_start_step: steps before which the memory neither reads nor writes.
         memory_warmup_steps: steps, from there on, in which `base_lr` rises from a tenth to all of
             it; null is the outer warm-up.
+        gate_reg: pushes the gates away from one half; off unless set.
+        monitor_freq: steps between readings of what the memories are doing, to `memory.jsonl`; 0
+            is off.
         max_skipped_steps: steps in a row whose loss or gradient is not a number, after which the
             run stops.
         max_norm: gradients are clipped to this norm.
@@ -252,6 +277,8 @@ class TrainArgs:
     tbptt_segments: int = 1
     memory_start_step: int = 0
     memory_warmup_steps: int | None = None
+    gate_reg: GateRegArgs = field(default_factory=GateRegArgs)
+    monitor_freq: int = 20
     max_skipped_steps: int = 10
     max_steps: int = 100
     max_norm: float = 1.0
@@ -274,7 +301,7 @@ class TrainArgs:
         """Check every value."""
         check(bool(self.run_dir), "run_dir is empty: name a folder")
         at_least(self, 0, "seed", "text_padding_weight")
-        at_least(self, 0, "state_reset_interval", "memory_start_step")
+        at_least(self, 0, "state_reset_interval", "memory_start_step", "monitor_freq")
         at_least(self, 1, "batch_size", "num_microbatches", "max_steps", "log_freq")
         at_least(self, 1, "num_ckpt_keep", "tbptt_segments", "memory_warmup_steps")
         at_least(self, 1, "max_skipped_steps")
@@ -298,6 +325,10 @@ class TrainArgs:
         check(
             full or lora.enable or self.ttt is not None,
             "full_finetuning and lora.enable are false and ttt is null: nothing to train",
+        )
+        check(
+            self.ttt is not None or self.gate_reg.weight == 0,
+            f"gate_reg.weight is {self.gate_reg.weight}, but ttt is null: there is no gate",
         )
         start = self.memory_start_step
         check(

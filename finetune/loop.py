@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from finetune import after
 from finetune.args import TrainArgs
 from finetune.data.corpus import segment_frames
 from finetune.data.interleaver import FRAME_RATE
+from finetune.gate_reg import gate_weight
 from finetune.loss import LossWeights, TeacherForced
+from finetune.memory_log import MemoryLog
 from finetune.metrics import Metrics
 from finetune.optim import inner_lr_scale, schedule, set_inner_loop
 from finetune.sharding import whole
@@ -79,6 +82,13 @@ class Loop:
         self.folder, self.here = run_dir / "checkpoints", here
         self.weights = LossWeights(args.first_codebook_weight_multiplier, args.text_padding_weight)
         self.rate, self.inner = schedule(args), inner_lr_scale(args)
+        self.gate_weight = gate_weight(args)
+        self.memories: MemoryLog | None = None
+        if args.ttt is not None and args.monitor_freq and here.first:
+            self.memories = MemoryLog(
+                self.lm, run_dir, metrics, every=args.monitor_freq, last=args.max_steps,
+                after_step=trainer.progress["step"],
+            )  # fmt: skip
         self.peaks = [group["lr"] for group in self.optimizer.adamw.param_groups]
         self.stop = StopRequest()
         self.known = known
@@ -151,12 +161,14 @@ class Loop:
         start = time.monotonic()
         log = step % args.log_freq == 0 or step == args.max_steps
         ticks = [next(self.loader) for _ in range(args.tbptt_segments)]
+        watching = nullcontext() if self.memories is None else self.memories.step(step)
         try:
-            result = train_step(
-                self.model, ticks, self.optimizer, self.weights,
-                max_norm=args.max_norm, pass_states=args.passes_states, reset=reset,
-                measure=log, world=self.here,
-            )  # fmt: skip
+            with watching:
+                result = train_step(
+                    self.model, ticks, self.optimizer, self.weights,
+                    max_norm=args.max_norm, pass_states=args.passes_states, reset=reset,
+                    measure=log, gate_weight=self.gate_weight(step), world=self.here,
+                )  # fmt: skip
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"step {step}: out of GPU memory ({str(error).split('. ')[0]}): lower batch_size "
@@ -182,7 +194,7 @@ class Loop:
             "skipped": float(self.trainer.progress["skipped"] + (result.bad is not None)),
         }
         if self.args.ttt is not None:
-            values |= memory_metrics(self.lm, result, self.here)
+            values |= memory_metrics(self.lm, result, self.here, self.gate_weight(step))
         self.metrics.log("train", step, values)
         bar.set_postfix(
             loss=f"{result.loss:.3f}", cb0=f"{values['nll_codebook0']:.3f}",

@@ -16,12 +16,12 @@ from torch import nn
 from finetune.activations import Activations, Pass, activations
 from finetune.args import TrainArgs
 from finetune.data.corpus import segment_frames
-from finetune.memory_activations import lane_bytes
 from finetune.optim import parameter_groups
 from finetune.world import Rows
 from moshi_ttt.block import HybridSeqModelingBlock
 from moshi_ttt.errors import UserError
 from moshi_ttt.hybrid import carry_kv, splice
+from moshi_ttt.lanes import named_tensors
 from moshi_ttt.lora import add_lora
 from moshi_ttt.memory import Memory
 
@@ -105,12 +105,11 @@ def need_of(lm: LMModel, kv: int, args: TrainArgs, rows: Rows) -> Need:
         args: the run; what is put into the model is what it was planned with.
         rows: how its lanes lie.
     """
-    width = lm.dtype.itemsize
     trained = [p for group in parameter_groups(lm, args) for p in group.params]
     run = Pass(
         rows.batch_size,
         segment_frames(args.duration_sec),
-        width,
+        lm.dtype,
         args.lora.rank if args.lora.enable else 0,
         args.full_finetuning,
         args.full_finetuning or (args.lora.enable and args.lora.ft_embed),
@@ -118,7 +117,9 @@ def need_of(lm: LMModel, kv: int, args: TrainArgs, rows: Rows) -> Need:
         args.carry_kv,
     )
     blocks = [m for m in lm.modules() if isinstance(m, HybridSeqModelingBlock)]
-    lane = kv + sum(lane_bytes(b) for b in blocks if b.carries)
+    lane = kv + sum(
+        _bytes(x for _, x in named_tensors(b.lane_value())) for b in blocks if b.carries
+    )
     held = (args.tbptt_segments - 1) * rows.batch_size * lane if args.gradient_checkpointing else 0
     trainable = sum(p.numel() for p in trained)
     alone = rows.ranks == 1

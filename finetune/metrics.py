@@ -40,7 +40,7 @@ class Metrics:
     ) -> None:
         self._start = time.monotonic()
         self._wandb: Any = None
-        self._file = None if silent else _open(run_dir / "metrics.jsonl", after_step)
+        self._file = None if silent else open_log(run_dir / "metrics.jsonl", after_step)
         self._last = set() if silent else _kinds_at(run_dir / "metrics.jsonl", after_step)
         if args.wandb.project is None or silent:
             return
@@ -78,6 +78,10 @@ class Metrics:
         clean = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
         line = {"kind": kind, "step": step, "seconds": seconds} | clean
         self._file.write(json.dumps(line) + "\n")
+        self.mirror(kind, step, values)
+
+    def mirror(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """Show numbers in wandb that are written down elsewhere."""
         self._mirror(lambda run: run.log({f"{kind}/{k}": v for k, v in values.items()}, step=step))
 
     def has(self, kind: str, step: int) -> bool:
@@ -104,8 +108,8 @@ class Metrics:
             logger.warning("wandb failed (%s), the run goes on without it", error)
 
 
-def _open(path: Path, after_step: int) -> TextIO:
-    """The log, to be written on, with what is at most of `after_step` in it."""
+def open_log(path: Path, after_step: int) -> TextIO:
+    """A log of lines with a `step`, to be written on, without those of later steps than that."""
     if path.exists():
         kept = []
         for line in path.read_text().splitlines():

@@ -27,7 +27,7 @@ _OF_THE_WAY = (
     "batch_size", "num_microbatches", "gradient_checkpointing", "log_freq", "do_ckpt", "ckpt_freq",
     "num_ckpt_keep", "save_adapters", "do_eval", "eval_freq", "eval.", "wandb.",
     "max_skipped_steps", "data.train_data", "data.corpus", "data.eval_data", "data.codes_cache",
-    "data.encode_workers", "moshi_paths.",
+    "data.encode_workers", "moshi_paths.", "monitor_freq",
 )  # fmt: skip
 """Keys that a run may go on with another value of: they do not change what is trained (the number
 of lanes is kept, whatever the first two say; data and base are told by their content)."""

@@ -12,9 +12,9 @@ from moshi.models.lm import LMModel
 from torch import Tensor
 
 from finetune.data.loader import Batch
+from finetune.gate_reg import all_gates, gate_penalty, push_gates
 from finetune.loss import LossWeights, Sums, TeacherForced, loss_sums, total_weight
 from finetune.optim import MasterAdamW
-from finetune.sharding import gathered
 from finetune.world import ALONE, World
 from moshi_ttt.hybrid import HybridLMModel
 from moshi_ttt.lanes import (
@@ -70,6 +70,7 @@ def train_step(
     pass_states: bool = True,
     reset: bool = False,
     measure: bool = True,
+    gate_weight: float = 0.0,
     world: World = ALONE,
 ) -> StepResult:
     """Forward and backward of every micro-batch, then one update.
@@ -94,6 +95,7 @@ def train_step(
             starts from W0. Keys and values are carried where `carry_kv` says so, either way.
         reset: let all lanes start anew first, wherever they are reading.
         measure: take the norms of the states.
+        gate_weight: of the gate regulariser (`finetune.gate_reg`); in no loss that is returned.
         world: the ranks whose batches make up the global batch.
     """
     lm, device = model.lm, model.lm.device
@@ -129,6 +131,8 @@ def train_step(
                     bad.append(f"loss is {number} on {batches[slot].describe()}")
             # also of a loss that is no number: in a sharded model the other ranks wait for it
             (loss * world.size).backward()  # FSDP takes the mean over the ranks
+    if gate_weight > 0:
+        push_gates(lm, gate_weight)
     assert total is not None
     reasons: list[str] = []
     if world.any(bool(bad)):
@@ -183,23 +187,26 @@ def state_norms(lm: LMModel) -> Tensor:
             return torch.zeros(2, 0)
         # in one order, as all ranks have to gather W0
         for now, start in block.memory.fast_weights(value.fast):
-            w0 = gathered(start)
-            squares.append(torch.stack([(now - w).flatten(1).square().sum(1) for w in (0, w0)]))
+            squares.append(torch.stack([(now - w).flatten(1).square().sum(1) for w in (0, start)]))
     return torch.stack(squares).sum(0).sqrt() if squares else torch.zeros(2, 0)
 
 
 @torch.no_grad()
-def memory_metrics(lm: LMModel, result: StepResult, world: World = ALONE) -> dict[str, float]:
+def memory_metrics(
+    lm: LMModel, result: StepResult, world: World = ALONE, gate_weight: float = 0.0
+) -> dict[str, float]:
     """Mean and spread of tanh(gate), and the mean of the states' norms over a step's segments.
 
     `state_norm` and `state_moved` (the distance from W0) are NaN where every call has a state of
-    its own (`persistent_states: false`).
+    its own (`persistent_states: false`). `gate_reg` is the term that the gate regulariser adds to
+    the loss, if it does.
     """
-    blocks = ttt_blocks(lm).values()
-    gates = torch.cat([torch.tanh(gathered(block.gate)).flatten().float() for block in blocks])
+    raw = all_gates(lm)
+    gates = torch.tanh(raw)
     norms = torch.cat([found.cpu() for found in world.gather(result.state_norms)], 1)
     norm, moved = norms.mean(1).tolist()
-    return {
+    term = {"gate_reg": gate_weight * float(gate_penalty(raw))} if gate_weight > 0 else {}
+    return term | {
         "gate_mean": float(gates.mean()),
         "gate_abs_mean": float(gates.abs().mean()),
         "gate_std": float(gates.std()),

@@ -14,6 +14,7 @@ from moshi_ttt.config import TTTConfig
 from moshi_ttt.lanes import FRESH, HasLanes, Lanes, map_tensors, named_tensors
 from moshi_ttt.memory import build_memory
 from moshi_ttt.memory.base import MemoryState, Shared
+from moshi_ttt.observe import Watch
 
 STREAMING, LANES = "streaming", "lanes"
 
@@ -49,7 +50,10 @@ class HybridSeqModelingBlock(StreamingModule[BlockStreamingState], HasLanes):
 
     Attributes:
         active: False takes the memory out of every call: it neither reads nor writes.
+        watch: a monitor's, told of what is read and said; None is nobody.
     """
+
+    watch: Watch | None = None
 
     def __init__(self, width: int, num_heads: int, config: TTTConfig, norm: str) -> None:
         super().__init__()
@@ -98,10 +102,18 @@ class HybridSeqModelingBlock(StreamingModule[BlockStreamingState], HasLanes):
         if not self.config.writing:
             # W0 as it is now: what a lane carries is the W0 of the step in which it began
             state = state._replace(fast=start.fast)
+        if self.watch is not None:
+            self.watch.before(x, state, None, shared)
         y, after = self.memory(x, state, shared=shared)
         if self.config.detach_memory_output:
             y = y.detach()
-        return torch.tanh(self.gate) * y, after
+        return self._said(y), after
+
+    def _said(self, y: Tensor) -> Tensor:
+        update = torch.tanh(self.gate) * y
+        if self.watch is not None:
+            self.watch.after(update, self.gate)
+        return update
 
     def stream(self, x: Tensor, shared: Shared | None = None) -> Tensor:
         """The same update for the next T frames of a stream; moves the streaming state on.
@@ -112,23 +124,24 @@ class HybridSeqModelingBlock(StreamingModule[BlockStreamingState], HasLanes):
         assert streaming is not None
         live, mask = streaming.memory, streaming.exec_mask
         one_frame = x.shape[1] == 1 and not torch.is_grad_enabled()
-        if not self.config.persistent_states:
-            fresh = self.memory.init_state(x.shape[0])
+        persistent = self.config.persistent_states
+        start = live if persistent else self.memory.init_state(x.shape[0])
+        if self.watch is not None:
+            self.watch.before(x, start, mask, shared)
+        if not persistent:
             # `forward` reads positions on the host, which a graph that is captured forbids
             if one_frame:
-                y = self.memory.step(x, fresh, shared=shared)
+                y = self.memory.step(x, start, shared=shared)
             else:
-                y, _ = self.memory(x, fresh, shared=shared)
-            update = torch.tanh(self.gate) * y
+                y, _ = self.memory(x, start, shared=shared)
         elif one_frame:
-            update = torch.tanh(self.gate) * self.memory.step(x, live, mask, shared)
+            y = self.memory.step(x, live, mask, shared)
         else:
             lengths = torch.where(mask, x.shape[1], 0)
             y, moved = self.memory(x, live, lengths, shared)
-            update = torch.tanh(self.gate) * y
             with torch.no_grad():
                 map_tensors(lambda old, new: old.copy_(new), live, moved)
-        return update
+        return self._said(y)
 
     @property
     def carries(self) -> bool:

@@ -13,6 +13,7 @@ frame of sound is what Moshi says during that frame.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from moshi_ttt.errors import UserError
 from moshi_ttt.hybrid import BLOCK, HybridLMModel
+from moshi_ttt.monitor import Reading, StreamMonitor
 from moshi_ttt.ring import widen_kv_rings
 from moshi_ttt.states import ttt_blocks
 
@@ -115,13 +117,17 @@ class Engine:
         sampling: how tokens are drawn.
         rows: B.
         seed: of the global generators, set as the stream starts; None leaves them.
+        watcher: given a reading of the memories (`moshi_ttt.monitor`) now and then; None is
+            nobody, and costs nothing.
+        watch_every: frames between readings.
 
     Attributes:
         frames: frames since the stream started, those of a loaded session included.
         times: of the frames taken by this engine.
 
     Raises:
-        ValueError: one of the models is streaming already.
+        ValueError: one of the models is streaming already, or a watcher where no memory keeps a
+            state.
         UserError: the LM is not a full-duplex Moshi.
     """
 
@@ -134,6 +140,8 @@ class Engine:
         sampling: Sampling | None = None,
         rows: int = 1,
         seed: int | None = None,
+        watcher: Callable[[Reading], object] | None = None,
+        watch_every: int = 125,
     ) -> None:
         if lm.is_streaming or mimi.is_streaming:
             raise ValueError("the model is in another stream already: close that one first")
@@ -163,6 +171,7 @@ class Engine:
         self._unread = torch.zeros(
             rows, lm.n_q - lm.dep_q, 1, dtype=torch.long, device=self.device
         )  # fmt: skip
+        self._watcher, self._monitor = watcher, None
         self._streams = ExitStack()
         with ExitStack() as stack:
             stack.enter_context(mimi.streaming(rows))
@@ -170,12 +179,16 @@ class Engine:
             # lacks its oldest key, and the codes are not those that training has seen.
             widen_kv_rings(mimi, int(mimi.encoder_frame_rate / mimi.frame_rate))
             stack.enter_context(self.gen.streaming(rows))
+            monitor = None
+            if watcher is not None:  # before the graphs are captured: it is part of them
+                monitor = StreamMonitor(lm, rows, watch_every)
+                stack.callback(monitor.detach)
             if self.device.type == "cuda":
                 for _ in range(WARM_UP_FRAMES):
                     self.step(self._in)
             self.reset(seed=seed)
             self._streams = stack.pop_all()
-        self.times = FrameTimes()
+        self._monitor, self.times = monitor, FrameTimes()
 
     def __enter__(self) -> Engine:
         """Nothing to do: the engine streams from the moment it is made."""
@@ -230,6 +243,10 @@ class Engine:
             self._decode(tokens[:, 1:], valid)
         text = [self._piece(int(row[0])) for row in said]
         self.frames += 1
+        if self._monitor is not None and self._watcher is not None:
+            reading = self._monitor.frame(self.frames)
+            if reading is not None:
+                self._watcher(reading)
         self.times.add(1000 * (time.perf_counter() - began))
         return Frame(self._out, text, said)
 

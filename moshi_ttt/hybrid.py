@@ -79,16 +79,21 @@ class HybridStreamingTransformerLayer(CarryingLayer, _KeepsStates):
         block, state = self.seq_modeling_block, None
         if not block.active:
             return h, None
-        read, shared = normed if block.norm is None else block.norm(h), None
-        if block.config.projection == "shared":
-            # projected again, not caught on its way into attention: also right after attention
-            (into,), (out,) = self.self_attn.in_projs, self.self_attn.out_projs
-            shared = Shared(into(read), out)
+        read = normed if block.norm is None else block.norm(h)
+        shared = self.shared(read)
         if carried is None:
             remembered = block.stream(read, shared)
         else:
             remembered, state = block(read, carried.memory, carried.fresh, shared)
         return h + remembered.to(h.dtype), state
+
+    def shared(self, read: Tensor) -> Shared | None:
+        """The attention's part for frames `[B, T, width]`, with `projection: shared`, else None."""
+        if self.seq_modeling_block.config.projection != "shared":
+            return None
+        # projected again, not caught on its way into attention: also right after attention
+        (into,), (out,) = self.self_attn.in_projs, self.self_attn.out_projs
+        return Shared(into(read), out)
 
 
 class HybridStreamingTransformer(StreamingTransformer, _KeepsStates):

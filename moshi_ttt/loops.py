@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import soundfile
@@ -21,6 +22,8 @@ from moshi_ttt.audio import SAMPLE_RATE, read_audio
 from moshi_ttt.engine import FRAME_MS, Engine, Frame, memory_norms
 from moshi_ttt.errors import UserError
 from moshi_ttt.files import written_whole
+from moshi_ttt.findings import History, findings, table
+from moshi_ttt.monitor import Reading, to_json
 from moshi_ttt.sound import FRAME, SoundCard
 
 STATS_SECONDS = 5.0
@@ -54,11 +57,61 @@ class Interrupts:
             signal.signal(signal.SIGINT, before)
 
 
-class Reporter:
-    """Prints text as it comes, and statistics at times and at the end."""
+class Readings:
+    """What an engine's watcher is told: kept for the end, and written down line by line.
 
-    def __init__(self, engine: Engine, card: SoundCard | None, *, often: bool) -> None:
-        self.engine, self.card, self.often = engine, card, often
+    Args:
+        path: a JSONL file to make; a line is there as soon as its reading is. None writes nothing.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self.history = History()
+        self._file: TextIO | None = None if path is None else open(path, "w", buffering=1)
+
+    def __call__(self, reading: Reading) -> None:
+        """One more reading."""
+        self.history.add(reading)
+        if self._file is not None:
+            self._file.write(json.dumps(to_json(reading, "frame")) + "\n")
+
+    def latest(self) -> str:
+        """The last reading as a table; empty before the first."""
+        return table(self.history.readings[-1]) if self.history.readings else ""
+
+    def words(self) -> str:
+        """What all of them mean, a line each."""
+        if not self.history.readings:
+            return "memories: no reading, the stream was too short for one\n"
+        found = findings(self.history.readings)
+        if not found:
+            return "memories: nothing wrong was found\n"
+        return "".join(f"found: {line}\n" for line in found)
+
+    def close(self) -> None:
+        """End the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+class Reporter:
+    """Prints text as it comes, and statistics at times and at the end.
+
+    Args:
+        engine: whose.
+        card: of a microphone.
+        often: every 5 seconds too.
+        readings: of the memories, if they are watched.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        card: SoundCard | None,
+        *,
+        often: bool,
+        readings: Readings | None = None,
+    ) -> None:
+        self.engine, self.card, self.often, self.readings = engine, card, often, readings
         self._next = time.monotonic() + STATS_SECONDS
 
     def frame(self, frame: Frame) -> None:
@@ -71,7 +124,7 @@ class Reporter:
             self._next = time.monotonic() + STATS_SECONDS
             if sys.stdout.isatty():
                 sys.stdout.write("\n")
-            sys.stderr.write(statistics(self.engine, self.card))
+            self._statistics()
 
     def end(self) -> None:
         """End the line of text, and write the statistics to stderr, if there was anything."""
@@ -79,7 +132,13 @@ class Reporter:
             return
         sys.stdout.write("\n")
         sys.stdout.flush()
-        sys.stderr.write(statistics(self.engine, self.card))
+        self._statistics()
+        if self.readings is not None:
+            sys.stderr.write(self.readings.words())
+
+    def _statistics(self) -> None:
+        latest = "" if self.readings is None else self.readings.latest()
+        sys.stderr.write(statistics(self.engine, self.card) + latest)
 
 
 def statistics(engine: Engine, card: SoundCard | None = None) -> str:

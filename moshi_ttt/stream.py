@@ -13,17 +13,28 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from moshi.models.lm import LMModel
 
-from moshi_ttt.engine import Engine, Sampling
+from moshi_ttt.engine import FRAME_MS, Engine, Sampling
 from moshi_ttt.errors import Parser, UserError, run_cli
 from moshi_ttt.files import check_writable
-from moshi_ttt.loops import Interrupts, Reporter, stream_file, talk, user_channel
+from moshi_ttt.loops import (
+    STATS_SECONDS,
+    Interrupts,
+    Readings,
+    Reporter,
+    stream_file,
+    talk,
+    user_channel,
+)
 from moshi_ttt.models import choose_device, cpu_threads, open_talker
+from moshi_ttt.monitor import keeps_state
 from moshi_ttt.session import (
     load_memory,
     load_session,
@@ -63,7 +74,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--top-k", type=int, help="most likely codes to draw from (250; 0: all)")
     p.add_argument("--top-k-text", type=int, help="most likely text tokens (25; 0: all)")
     p.add_argument("--greedy", action="store_true", default=None, help="no sampling")
-    p.add_argument("--stats", action="store_true", help="statistics every 5 seconds")
+    p.add_argument(
+        "--stats", nargs="?", const="", metavar="FILE.jsonl",
+        help="statistics, of the memories too, every 5 seconds; to a file as well if one is named",
+    )  # fmt: skip
     p.add_argument("--save-memory", help="file for what the memory has learned")
     p.add_argument("--load-memory", help="start with such a memory")
     p.add_argument("--save-session", help="file for the whole conversation")
@@ -84,7 +98,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--load-session brings its own memory: leave out --load-memory")
     if args.threads is not None and args.threads < 1:
         raise UserError(f"--threads must be at least 1, got {args.threads}")
-    for path in (args.out, args.save_memory, args.save_session):
+    if args.stats and Path(args.stats).suffix.lower() != ".jsonl":
+        raise UserError(f"--stats writes JSON lines: {args.stats} should end in .jsonl")
+    for path in (args.out, args.save_memory, args.save_session, args.stats or None):
         if path is not None:
             check_writable(path)
     return args
@@ -125,9 +141,17 @@ def run(args: argparse.Namespace) -> None:
     sys.stderr.write(f"talking to {talker.name}, on {device}\n")
     torch.set_num_threads(args.threads or cpu_threads(talker.lm))
     sampling = sampling_of(args, talker.gen_config)
-    with Engine(
-        talker.lm, talker.mimi, talker.tokenizer, sampling=sampling, seed=args.seed or 0
-    ) as engine:
+    readings = _readings(args, talker.lm)
+    with ExitStack() as stack:
+        if readings is not None:
+            stack.callback(readings.close)
+        engine = stack.enter_context(
+            Engine(
+                talker.lm, talker.mimi, talker.tokenizer,
+                sampling=sampling, seed=args.seed or 0, watcher=readings,
+                watch_every=round(STATS_SECONDS * 1000 / FRAME_MS),
+            )
+        )  # fmt: skip
         if args.load_session is not None:
             load_session(engine, args.load_session)
             if args.seed is not None:
@@ -137,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
         if args.save_memory is not None:
             require_memory(engine)
         interrupts, card = Interrupts(), None if pcm is not None else SoundCard()
-        reporter = Reporter(engine, card, often=args.stats)
+        reporter = Reporter(engine, card, often=args.stats is not None, readings=readings)
         with interrupts.taken():
             try:
                 if card is None:
@@ -154,6 +178,17 @@ def run(args: argparse.Namespace) -> None:
                 reporter.end()
         _keep(engine, args)
         interrupts.check()
+
+
+def _readings(args: argparse.Namespace, lm: LMModel) -> Readings | None:
+    """Of the memories, if statistics are wanted and there is something to read."""
+    if args.stats is None:
+        return None
+    if keeps_state(lm):
+        return Readings(args.stats or None)
+    if args.stats:
+        raise UserError(f"--stats {args.stats}: the model has no memory that keeps a state")
+    return None
 
 
 def _keep(engine: Engine, args: argparse.Namespace) -> None:

@@ -77,8 +77,12 @@ def logits(lm):
         {"lora": False},
         {"ttt": False},
         {"memory": "ttt_linear", "placement": "after_attention", "decay": 0.0},
+        {"memory": "lact", "projection": "shared"},
+        {"memory": "lact", "stacked": 2, "residual": True, "momentum": False, "head_dim": 8},
+        {"memory": "atlas", "polynomial": "outer", "projection": "shared"},
+        {"memory": "atlas", "deep": False, "window": 1, "polynomial": "none"},
     ],
-    ids=["lora+memory", "memory", "lora", "linear"],
+    ids=["lora+memory", "memory", "lora", "linear", "lact", "stacked", "atlas", "titans"],
 )
 def test_a_loaded_model_is_the_saved_one_to_the_bit(base, tmp_path, dtype, what):
     lm = trained(base, dtype=dtype, **what)

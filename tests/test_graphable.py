@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from moshi_ttt.memory import MEMORIES
+from moshi_ttt.monitor import StreamMonitor
 from moshi_ttt.ops import stream
 from moshi_ttt.ops.grid import Grid
 from moshi_ttt.states import ttt_blocks
@@ -40,10 +41,12 @@ def on_meta(**config):
     return lm.to(META)
 
 
-def stream_two_rows(lm, frames=6):
+def stream_two_rows(lm, frames=6, monitored=False):
     gen = LMGen(lm, support_out_of_sync=True)
     ones = torch.ones(2, dtype=torch.bool, device=META)
     with gen.streaming(2), OnlyOnMeta():
+        watched = StreamMonitor(lm, 2, 1) if monitored else None
+        rings = [] if watched is None else [w.x for w in watched._watches.values()]
         places = [block._streaming_state.memory for block in ttt_blocks(lm).values()]
         for t in range(frames):
             gen.set_exec_mask(ones)
@@ -52,6 +55,8 @@ def stream_two_rows(lm, frames=6):
             gen.step(torch.zeros(2, 8, 1, dtype=torch.long, device=META))
         for block, place in zip(ttt_blocks(lm).values(), places, strict=True):
             assert block._streaming_state.memory is place
+        if watched is not None:
+            assert all(w.x is x for w, x in zip(watched._watches.values(), rings, strict=True))
 
 
 @every_memory
@@ -66,6 +71,12 @@ def test_a_streamed_frame_reads_nothing_on_the_host(family, placement, persisten
 @pytest.mark.parametrize("family", ["ttt_linear", "ttt_mlp"])
 def test_a_streamed_frame_whose_chunk_may_not_be_written_reads_nothing_either(family):
     stream_two_rows(on_meta(memory=family, write_every=2))
+
+
+@every_memory
+@pytest.mark.parametrize("placement", ["parallel", "after_attention"])
+def test_a_monitored_frame_reads_nothing_either(family, placement):
+    stream_two_rows(on_meta(memory=family, placement=placement), monitored=True)
 
 
 @pytest.mark.parametrize("decision", ["at_boundary", "writes"])

@@ -10,6 +10,7 @@ from moshi_ttt.hybrid import (
     HybridLMModel,
     HybridStreamingTransformer,
     HybridStreamingTransformerLayer,
+    hybrid_layers,
     splice,
     unsplice,
 )
@@ -20,7 +21,12 @@ from moshi_ttt.states import attach_ttt_states, save_ttt_states
 from tests.small import randomise_memories, small_lm
 
 FAMILIES = list(MEMORIES)
-PLACEMENTS = ["parallel", "after_attention"]
+PLACES = [
+    {"placement": placement, "projection": projection}
+    for placement in ("parallel", "after_attention")
+    for projection in ("own", "shared")
+]
+every_place = pytest.mark.parametrize("place", PLACES, ids=lambda p: "-".join(p.values()))
 
 
 def config(**values):
@@ -34,9 +40,9 @@ def codes_for(lm, batch, frames, seed=0):
     return torch.cat([text, audio], 1)
 
 
-def spliced(family="ttt_mlp", placement="parallel", dtype=torch.float64, norm="rms_norm", **values):
+def spliced(family="ttt_mlp", dtype=torch.float64, norm="rms_norm", **values):
     lm = small_lm(norm=norm)
-    splice(lm, config(memory=family, placement=placement, **values))
+    splice(lm, config(memory=family, **values))
     randomise_memories(lm)
     return lm.to(dtype).eval()
 
@@ -57,11 +63,12 @@ def hidden_in_pieces(lm, sequence, sizes):
 # -- gate 0 ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(
+    ("dtype", "lora"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)]
+)
+@every_place
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("lora", [False, True])
-def test_gate_zero_is_stock_to_the_bit(dtype, placement, family, lora):
+def test_gate_zero_is_stock_to_the_bit(dtype, place, family, lora):
     def build():
         torch.manual_seed(1)
         lm = small_lm(norm="rms_norm_f32").to(dtype).eval()
@@ -73,7 +80,7 @@ def test_gate_zero_is_stock_to_the_bit(dtype, placement, family, lora):
         return lm
 
     stock, lm = build(), build()
-    splice(lm, config(memory=family, placement=placement))
+    splice(lm, config(memory=family, **place))
     codes = codes_for(lm, 2, 40)
     with torch.no_grad():
         want, got = stock(codes), lm(codes)
@@ -190,13 +197,13 @@ def test_norm_of_after_attention_starts_as_norm1():
 # -- streaming is training ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@every_place
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-5)], ids=["f64", "f32"]
 )
-def test_streams_of_any_pieces_equal_the_offline_forward(family, placement, dtype, tolerance):
-    lm = spliced(family, placement, dtype)
+def test_streams_of_any_pieces_equal_the_offline_forward(family, place, dtype, tolerance):
+    lm = spliced(family, dtype, **place)
     frames = 3 * lm.context + 7
     sequence = codes_for(lm, 2, frames)
     with torch.no_grad():
@@ -209,10 +216,11 @@ def test_streams_of_any_pieces_equal_the_offline_forward(family, placement, dtyp
         assert (got - whole).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("projection", ["own", "shared"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lmgen_rows_out_of_step_equal_the_offline_forward(family):
+def test_lmgen_rows_out_of_step_equal_the_offline_forward(family, projection):
     """B = 3 through LMGen, rows paused at random and one reset on the way, teacher-forced."""
-    lm = spliced(family, dtype=torch.float64)
+    lm = spliced(family, projection=projection)
     B, frames = 3, 60
     codes = codes_for(lm, B, frames)
     delayed = lm_inputs(lm, codes)
@@ -267,17 +275,69 @@ def force_own_tokens(gen, codes, at):
                 cache[b, k, step % size] = codes[b, k, source]
 
 
+# -- projections ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", ["parallel", "after_attention"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_projections_are_the_attentions_own(family, placement):
+    """A memory whose own matrices are copies of the attention's computes the same."""
+    shared, own = (spliced(family, placement=placement, projection=p) for p in ("shared", "own"))
+    copied = 0
+    for a, b in zip(hybrid_layers(shared), hybrid_layers(own), strict=True):
+        lacks, extra = b.seq_modeling_block.load_state_dict(
+            a.seq_modeling_block.state_dict(), strict=False
+        )
+        assert set(lacks) == {"memory.qkv_proj.weight", "memory.o_proj.weight"}
+        assert not extra
+        with torch.no_grad():
+            memory, attention = b.seq_modeling_block.memory, a.self_attn
+            memory.qkv_proj.weight.copy_(attention.in_projs[0].weight)
+            memory.o_proj.weight.copy_(attention.out_projs[0].weight)
+        copied += memory.qkv_proj.weight.numel() + memory.o_proj.weight.numel()
+    codes = codes_for(own, 2, 30)
+    want, got = own(codes).text_logits, shared(codes).text_logits
+    assert (want - got).abs().max() < 1e-12
+    sizes = [sum(p.numel() for p in lm.parameters()) for lm in (own, shared)]
+    assert sizes[0] - sizes[1] == copied == 2 * 4 * own.dim**2
+
+
+def test_shared_projections_learn_through_their_lora():
+    lm = small_lm(norm="rms_norm").eval()
+    add_lora(lm, 4, 2.0)
+    splice(lm, config(projection="shared"))
+    randomise_memories(lm)
+    layer = next(hybrid_layers(lm))
+    keys = layer.self_attn.in_projs[0].lora_B.weight
+    with torch.no_grad():
+        keys.normal_(std=0.1)
+    x = torch.randn(1, 12, lm.dim)
+    y, _ = layer._remember(torch.zeros_like(x), x, layer._enter(x))
+    (slope,) = torch.autograd.grad(y.square().sum(), keys)
+    assert slope.abs().min() > 0
+
+
+def test_projections_that_cannot_be_shared_are_refused():
+    lm = small_lm(kv_repeat=2)
+    with pytest.raises(ValueError, match="layer 0: its attention has no q, k, v of one width"):
+        splice(lm, config(projection="shared"))
+    assert type(lm) is LMModel
+    with pytest.raises(ValueError, match="head_dim is 8, but projection 'shared'"):
+        config(projection="shared", head_dim=8)
+
+
 # -- gradient checkpointing and lanes --------------------------------------------------------------
 
 
+@pytest.mark.parametrize("projection", ["own", "shared"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lanes", [False, True])
-def test_checkpointing_gives_the_same_gradients(family, lanes):
+def test_checkpointing_gives_the_same_gradients(family, lanes, projection):
     """Also with lanes: two segments, both backwards after the second forward."""
     grads = []
     for checkpointing in (False, True):
         torch.manual_seed(4)
-        lm = spliced(family)
+        lm = spliced(family, projection=projection)
         lm.transformer.checkpointing = checkpointing
         lm.depformer.checkpointing = checkpointing
         lm.train()

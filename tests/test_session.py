@@ -354,10 +354,14 @@ def test_a_file_cut_in_two_is_the_whole(talking, tmp_path, capsys, how):
     assert whole.std() > 30
 
 
-def test_a_kept_memory_through_the_command_line(talking, tmp_path, capsys):
+@pytest.mark.parametrize("family", list(MEMORIES))
+def test_a_kept_memory_through_the_command_line(talking, tmp_path, capsys, family):
+    base = find_base(talking.root / "base")
+    checkpoint = save_checkpoint(hybrid(memory=family), tmp_path / "checkpoint_000001", base)
+
     def argv(*more):
         files = ["--file", str(talking.root / "1.wav"), "--out", str(tmp_path / "out.wav")]
-        return [*files, "--checkpoint", talking.checkpoint, *more]
+        return [*files, "--checkpoint", str(checkpoint), *more]
 
     main(argv("--save-memory", str(tmp_path / "kept")))
     before = (tmp_path / "out.wav").read_bytes()

@@ -1,8 +1,8 @@
 """`python -m eval.bench.fits`: what of Moshi 7B can be trained on which GPU, computed.
 
-For each card, memory and segment: the largest micro-batch that fits, on one GPU and on several
-(FSDP), for each LoRA rank. No GPU is needed and none is asked; the estimate is that of
-`finetune.memory_use`, which is held against measured bytes on small shapes on the CPU.
+For each card, memory (its family's defaults) and segment: the largest micro-batch that fits, on one
+GPU and on several (FSDP), for each LoRA rank. No GPU is needed and none is asked; the estimate is
+that of `finetune.memory_use`, which is held against measured bytes on small shapes on the CPU.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from finetune.memory_use import Need, need_of, planned
 from finetune.world import Rows
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.errors import Parser, UserError, run_cli
+from moshi_ttt.memory import MEMORIES
 
 CARDS = {24: 24.0, 40: 39.6, 80: 79.2, 141: 140.4}
 """What a card is called, in GB -> GiB that a program is told it has."""
@@ -37,27 +38,34 @@ RESULTS = Path(__file__).parent / "results"
 CONFIG = Path(__file__).parents[2] / "configs" / "7b.yaml"
 
 
-def run_of(memory: str, family: str, rank: int, seconds: float, carry_kv: bool) -> TrainArgs:
-    """A run with gradient checkpointing and one micro-batch a step."""
+def run_of(memory: str, rank: int, seconds: float, carry_kv: bool) -> TrainArgs:
+    """A run with gradient checkpointing and one micro-batch a step.
+
+    Args:
+        memory: `"none"`, or a family and its layers, e.g. `"ttt_mlp every:4"`.
+        rank: of LoRA.
+        seconds: of a segment.
+        carry_kv: as in `TrainArgs`.
+    """
+    family, _, layers = memory.partition(" ")
     return TrainArgs(
         data=DataArgs(train_data="none"),
         run_dir="none",
         lora=LoraArgs(enable=True, rank=rank),
-        ttt=None if memory == "none" else TTTConfig(memory=family, layers=memory),
+        ttt=None if memory == "none" else TTTConfig(memory=family, layers=layers),
         duration_sec=seconds,
         carry_kv=carry_kv,
         gradient_checkpointing=True,
     )
 
 
-def largest(
-    plan: tuple[LMModel, int], args: TrainArgs, gpus: int, card: int, most: int
-) -> dict[str, Any]:
+def needed(plan: tuple[LMModel, int], args: TrainArgs, gpus: int, rows: int) -> int:
+    """Bytes of a GPU with micro-batches of so many rows."""
+    return need_of(*plan, args, Rows(rows, 1, gpus)).total
+
+
+def largest(need: Callable[[int], int], card: int, most: int) -> dict[str, Any]:
     """The largest micro-batch on a card, and the bytes it needs; batch 0 where none fits."""
-
-    def need(rows: int) -> int:
-        return need_of(*plan, args, Rows(rows, 1, gpus)).total
-
     there = USABLE * CARDS[card] * GIB
     batch = largest_batch(lambda rows: need(rows) <= there, most)
     return {"batch": batch, "bytes": need(max(1, batch))}
@@ -68,15 +76,16 @@ def compute(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     kinds = [(m, r, kv) for m in args.memories for r in args.ranks for kv in (False, True)]
     for memory, rank, carry_kv in tqdm(kinds, desc="kinds of runs", file=sys.stderr):
-        make = partial(run_of, memory, args.family, rank, carry_kv=carry_kv)
+        make = partial(run_of, memory, rank, carry_kv=carry_kv)
         plan = planned(None, make(seconds=1.0), 2)
         for seconds in args.seconds:
             for gpus in (1, args.gpus):
+                need = cache(partial(needed, plan, make(seconds=seconds), gpus))
                 for card in args.cards:
                     rows.append(
                         {"card": card, "memory": memory, "seconds": seconds, "rank": rank}
                         | {"gpus": gpus, "carry_kv": carry_kv, "source": "computed"}
-                        | largest(plan, make(seconds=seconds), gpus, card, args.most)
+                        | largest(need, card, args.most)
                     )
     return rows
 
@@ -156,8 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = Parser("python -m eval.bench.fits", __doc__)
     parser.add_argument("--cards", nargs="+", type=int, default=list(CARDS), choices=list(CARDS))
-    parser.add_argument("--memories", nargs="+", default=["none", "every:4", "every:2"])
-    parser.add_argument("--family", default="ttt_mlp", choices=["ttt_mlp", "ttt_linear"])
+    families = ["none", *MEMORIES]
+    parser.add_argument("--memories", nargs="+", default=families, choices=families)
+    parser.add_argument("--layers", nargs="+", default=["every:4"], help="that have the memory")
     parser.add_argument("--seconds", nargs="+", type=float, default=[25.0, 100.0, 240.0])
     parser.add_argument("--ranks", nargs="+", type=int, default=[64, 128], help="of LoRA")
     parser.add_argument("--gpus", type=int, default=8, help="of a run on several")
@@ -166,6 +176,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.gpus < 2 or args.most < 1:
         raise UserError(f"--gpus must be above 1 ({args.gpus}) and --most above 0 ({args.most})")
+    args.memories = [
+        memory
+        for family in args.memories
+        for memory in (["none"] if family == "none" else [f"{family} {x}" for x in args.layers])
+    ]
     try:
         rows = compute(args)
     except ValueError as error:
@@ -174,8 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = (
         "# What fits on which GPU\n\n"
         "**Everything here is computed; nothing was measured on a GPU yet.** Moshi 7B in bfloat16, "
-        f"LoRA, {args.family}, gradient checkpointing, one micro-batch a step. A number is the "
-        f"largest batch of a GPU (a row is a lane; up to {args.most} were tried; - is none), "
+        "LoRA, gradient checkpointing, one micro-batch a step; of a memory its family's defaults "
+        f"({TTTConfig().chunk_size} frames a chunk). A number is the largest batch of a GPU (a row "
+        f"is a lane; up to {args.most} were tried; - is none), "
         "`a / b` without and with `carry_kv` where that changes it. "
         f"{args.gpus} GPUs share weights, gradients and moments (FSDP); the batch is that of each. "
         f"Of a card {USABLE:.0%} is counted on. The estimate is held against bytes measured on "

@@ -35,12 +35,16 @@ import torch
 from eval.bench.gpu_model import MOSHI_7B, SMALL, Shape, add_memory, build, clean, open_memories
 from eval.bench.gpu_stream import TOLERANCE, compare, stream
 from eval.bench.gpu_train import train
+from moshi_ttt.config import TTTConfig
 from moshi_ttt.errors import UserError, run_cli
 from moshi_ttt.hybrid import unsplice
 from moshi_ttt.lora import add_lora
+from moshi_ttt.memory import MEMORIES
 from moshi_ttt.models import choose_device
 
 GIB = 2**30
+DEFAULT = "ttt_mlp"
+"""Memory that is checked unless another one is named."""
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -166,11 +170,14 @@ def about(
     }
 
 
-def write(folder: Path, facts: dict[str, str], parts: dict[str, list[dict[str, Any]]]) -> None:
-    """gpu_check.json and gpu_check.md."""
+def write(
+    folder: Path, memory: str, facts: dict[str, str], parts: dict[str, list[dict[str, Any]]]
+) -> None:
+    """gpu_check.json and gpu_check.md; of another memory than the default with its name."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gpu_check.json").write_text(json.dumps(facts | parts, indent=1) + "\n")
-    (folder / "gpu_check.md").write_text(
+    name = "gpu_check" if memory == DEFAULT else f"gpu_check_{memory}"
+    (folder / f"{name}.json").write_text(json.dumps(facts | parts, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(
         "# A GPU's first words\n\n"
         "Random weights; times are synchronised wall time after warm-up, medians where not said; "
         "differences in parts of the largest value, tolerance for logits and fast weights alike; "
@@ -197,6 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ..., or cpu (with --small)")
     parser.add_argument("--small", action="store_true", help="a small shape, in seconds on a CPU")
+    parser.add_argument("--memory", choices=list(MEMORIES), default=DEFAULT)
     parser.add_argument("--max-batch", type=int, help="rows of a training batch at most")
     parser.add_argument("--out", type=Path, help="directory for gpu_check.json, gpu_check.md")
     args = parser.parse_args(arguments)
@@ -210,6 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.max_batch is not None and args.max_batch < 1:
         raise UserError(f"--max-batch must be at least 1, got {args.max_batch}")
     device, shape = choose_device(args.device), SMALL if args.small else MOSHI_7B
+    chunk_size = shape.ttt.chunk_size
+    shape = replace(shape, ttt=TTTConfig(memory=args.memory, chunk_size=chunk_size))
     if args.max_batch is not None:
         shape = replace(shape, max_batch=args.max_batch)
     parts = measure(shape, device)
@@ -217,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = args.out or (None if args.small else RESULTS)
     if out is not None:
         graphed = all(row["graphed"] for row in parts["streaming"])
-        write(out, about(shape, device, arguments, graphed), parts)
+        write(out, args.memory, about(shape, device, arguments, graphed), parts)
     if not all(row["passed"] for row in parts["graphs"]):
         say("graphed and eager streams disagree, or the memory's writes do not show")
         sys.exit(1)

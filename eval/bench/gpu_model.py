@@ -108,7 +108,7 @@ def open_memories(lm: LMModel) -> None:
             leaf = name.rpartition(".")[2]
             if leaf == "gate":
                 parameter.normal_(std=0.3)
-            elif leaf in {"W1", "b1", "W2", "b2"}:
+            elif leaf in {"W1", "b1", "W2", "b2", "Wo"}:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
         block.memory.lr_scale = 10.0
 

@@ -102,7 +102,8 @@ def forced(lm: LMModel, rows: int, frames: int, *, graphs: bool, seed: int = 0) 
                 gen.set_exec_mask(every[t])
             gen.step(draw["heard"][t, :, :, None])
         live = [block._streaming_state for block in ttt_blocks(lm).values()]
-        states = [x.cpu() for s in live if s is not None for _, x in named_tensors(s.memory)]
+        found = [x for s in live if s is not None for _, x in named_tensors(s.memory)]
+        states = [x.cpu() for x in found if x.numel()]
     return Forced(torch.stack(logits), torch.stack(tokens), states)
 
 

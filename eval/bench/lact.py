@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from eval.bench.live_bytes import LiveBytes, kept
 from eval.bench.ops import MIB, difference
 from eval.provenance import provenance
+from finetune.live_bytes import LiveBytes, kept
 from moshi_ttt.errors import Parser, UserError, run_cli
 from moshi_ttt.ops import lact
 from moshi_ttt.ops.grid import Grid

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from eval.arms import KEPT, TRAINED
 from moshi_ttt.errors import UserError
 
 Run = TypeVar("Run", bound=Hashable)
@@ -39,9 +40,10 @@ def newest(folder: Path) -> Path:
 
 
 def recordings(folder: Path, kind: str = "codebook0") -> dict[str, dict[str, float]]:
-    """Of a run's own evaluation, its memory kept: recording -> range -> mean NLL."""
+    """Of a run's own evaluation, its memory kept if it has one: recording -> range -> mean NLL."""
     arms = json.loads((folder / "eval" / "results.json").read_text())["arms"]
-    return {name: kinds[kind] for name, kinds in arms["kept"]["recordings"].items()}
+    arm = arms.get(KEPT.name) or arms[TRAINED.name]
+    return {name: kinds[kind] for name, kinds in arm["recordings"].items()}
 
 
 def timed(

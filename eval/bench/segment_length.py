@@ -5,7 +5,7 @@ memory: the base alone and with each memory, with and without gradient checkpoin
 memory adds must not grow faster with the length than the base's own bytes; else the status is 1.
 
 On the CPU a small width in float32, every tensor counted; a segment of 32768 frames takes 16 GB and
-minutes for each of its twelve runs, all of it attention, so ask for it with `--frames`. With
+minutes for each of its runs, all of it attention, so ask for it with `--frames`. With
 `--device cuda` Moshi 7B's shape in bfloat16 with random weights, as the GPU's allocator counts; a
 length that does not fit is a row that says so.
 """
@@ -34,11 +34,11 @@ from tqdm import tqdm
 
 from eval.bench.gpu_model import MOSHI_7B, Shape, add_memory, build, clean, synchronise
 from eval.bench.gpu_train import out_of_memory
-from eval.bench.live_bytes import LiveBytes
 from eval.bench.segment_table import holds, judge, page
 from eval.provenance import provenance
 from finetune.activations import Pass, activations
 from finetune.args import DataArgs, LoraArgs, TrainArgs
+from finetune.live_bytes import LiveBytes
 from finetune.loss import LossWeights, TeacherForced, loss_sums
 from finetune.optim import parameter_groups
 from moshi_ttt.config import TTTConfig
@@ -144,8 +144,7 @@ def available() -> float:
 
 def needs(lm: LMModel, shape: Shape, frames: int, variant: Variant) -> dict[str, int]:
     """Bytes of a segment as estimated: the peak; and what temporal layers keep without masks."""
-    width = shape.dtype.itemsize
-    run = Pass(1, frames, width, shape.rank, False, False, variant.checkpointing, False)
+    run = Pass(1, frames, shape.dtype, shape.rank, False, False, variant.checkpointing, False)
     need, masks = activations(lm, run), mask_bytes(lm, frames)
     masks = 0 if variant.checkpointing else masks
     layers = need.temporal - masks
@@ -153,7 +152,11 @@ def needs(lm: LMModel, shape: Shape, frames: int, variant: Variant) -> dict[str,
 
 
 def measure(
-    shape: Shape, device: torch.device, lengths: Sequence[int], rounds: int
+    shape: Shape,
+    device: torch.device,
+    memories: Sequence[str],
+    lengths: Sequence[int],
+    rounds: int,
 ) -> list[dict[str, Any]]:
     """A row for each length and variant; the variants take turns in every round of timing.
 
@@ -164,7 +167,7 @@ def measure(
     lm = build(shape, device)
     with torch.device(device):
         add_lora(lm, shape.rank, 2.0)
-    variants = [Variant(m, c) for c in (False, True) for m in (None, *MEMORIES)]
+    variants = [Variant(m, c) for c in (False, True) for m in (None, *memories)]
     rows = []
     shares = [max(1, round(rounds * lengths[0] / frames)) for frames in lengths]
     bar = tqdm(total=len(variants) * sum(1 + s for s in shares), file=sys.stderr, unit="run")
@@ -217,6 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser("python -m eval.bench.segment_length", __doc__)
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for the 7B's shape")
     parser.add_argument("--frames", nargs="+", type=int, default=[2048, 4096, 8192, 16384])
+    families = list(MEMORIES)
+    parser.add_argument("--memories", nargs="+", default=families, choices=families)
     parser.add_argument("--rounds", type=int, default=5, help="of timing, at the first length")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
     args = parser.parse_args(arguments)
@@ -226,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gpu = device.type == "cuda"
     shape = MOSHI_7B if gpu else NARROW
     torch.set_num_threads(1)
-    rows = measure(shape, device, args.frames, args.rounds)
+    rows = measure(shape, device, args.memories, args.frames, args.rounds)
     text = page(shape, gpu, rows)
     sys.stdout.write(text)
     facts = provenance("eval.bench.segment_length", device)

@@ -6,7 +6,6 @@ from itertools import pairwise
 from typing import Any
 
 from eval.bench.gpu_model import Shape
-from moshi_ttt.memory import MEMORIES
 
 MIB = 2**20
 
@@ -22,7 +21,7 @@ def judge(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         row |= dict.fromkeys(("kept_growth", "peak_growth", "layers_growth"))
     for short, long in pairwise(sorted({r["frames"] for r in rows})):
-        for memory in MEMORIES:
+        for memory in dict.fromkeys(r["memory"] for r in rows if r["memory"]):
             for again in (False, True):
                 with_, base = ([found[t, m, again] for t in (short, long)] for m in (memory, None))
                 if any(row["kept"] is None for row in (*with_, *base)):

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from moshi_ttt.config import TTTConfig
@@ -344,5 +345,9 @@ def _start_of_taps(channels: int, conv_width: int) -> tuple[Tensor, Tensor]:
 
 
 def full(x: Tensor) -> Tensor:
-    """`x` in float32, or as it is if that is float64."""
+    """`x` in float32, or as it is if that is float64; whole, if it is spread over ranks.
+
+    Outside a forward FSDP has every rank hold a part, and all ranks must ask together.
+    """
+    x = x.full_tensor() if isinstance(x, DTensor) else x
     return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -11,7 +11,7 @@ from finetune.memory_use import need_of, planned
 from finetune.world import Rows
 from moshi_ttt.errors import UserError
 
-FEW = ["--memories", "every:4", "--seconds", "100", "--ranks", "128", "--most", "16"]
+FEW = ["--memories", "ttt_mlp", "--seconds", "100", "--ranks", "128", "--most", "16"]
 
 
 def test_the_table_is_written(tmp_path, capsys):
@@ -25,7 +25,7 @@ def test_the_table_is_written(tmp_path, capsys):
         assert batch[card, 1, carried] <= batch[card, 8, carried]
         assert batch[card, gpus, True] <= batch[card, gpus, False]
         assert batch[40, gpus, carried] <= batch[80, gpus, carried]
-    run = partial(run_of, "every:4", "ttt_mlp", 128)
+    run = partial(run_of, "ttt_mlp every:4", 128)
     plans = {kv: planned(None, run(1.0, kv), 2) for kv in (False, True)}
     for row in rows:
         kv, there = row["carry_kv"], USABLE * CARDS[row["card"]] * GIB
@@ -37,7 +37,7 @@ def test_the_table_is_written(tmp_path, capsys):
                 assert (need <= there) == (more == 0)
     page = (tmp_path / "fits.md").read_text()
     for text in (
-        "nothing was measured on a GPU yet", "| 80 GB | every:4 | 100 s |", "| computed |",
+        "nothing was measured on a GPU yet", "| 80 GB | ttt_mlp every:4 | 100 s |", "| computed |",
         "| peak |", "- commit: `", "- command: `python -m eval.bench.fits",
     ):  # fmt: skip
         assert text in page
@@ -45,7 +45,7 @@ def test_the_table_is_written(tmp_path, capsys):
 
 
 def test_what_makes_no_run_is_the_users_mistake(tmp_path):
-    for wrong in (["--gpus", "1"], ["--most", "0"], ["--memories", "every:99"], ["--ranks", "0"]):
+    for wrong in (["--gpus", "1"], ["--most", "0"], ["--layers", "every:99"], ["--ranks", "0"]):
         with pytest.raises(UserError):
             fits.main([*FEW, *wrong, "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())

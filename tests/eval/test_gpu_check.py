@@ -68,6 +68,17 @@ def test_end_to_end_on_a_gpu(tmp_path):
     assert check_results(tmp_path, SMALL)["cuda graphs"] == "yes"
 
 
+@pytest.mark.parametrize("memory", ["ttt_linear", "lact", "atlas"])
+def test_every_memory_can_be_checked(tmp_path, memory):
+    gpu_check.main(["--device", "cpu", "--small", "--memory", memory, "--out", str(tmp_path)])
+    assert {p.name for p in tmp_path.iterdir()} == {
+        f"gpu_check_{memory}.{kind}" for kind in ("json", "md")
+    }
+    found = json.loads((tmp_path / f"gpu_check_{memory}.json").read_text())
+    assert f" {memory} in layers" in found["model"]
+    assert all(row["exact"] for row in found["graphs"])
+
+
 def test_a_small_run_leaves_the_results_alone(monkeypatch):
     row = {"ms_p50": 1.0, "ms_p95": 1.0, "frames": 1, "allocated": None, "reserved": None}
     parts = {"streaming": [row | {"memory": False, "graphed": False}], "graphs": [], "training": []}

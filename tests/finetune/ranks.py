@@ -24,7 +24,7 @@ from moshi_ttt.hybrid import carry_kv
 from moshi_ttt.lanes import attach_lanes, lanes_of
 from moshi_ttt.lora import add_lora
 from moshi_ttt.states import ttt_blocks
-from tests.small import small_hybrid
+from tests.small import START, small_hybrid
 
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.finetune.ranks"])
@@ -88,7 +88,7 @@ def train(config: str, keys: dict[str, Any], double: bool = False) -> None:
 
 
 def steps(
-    batches: list[Any], args: Any, dtype: torch.dtype, poison: int | None = None
+    batches: list[Any], args: Any, dtype: torch.dtype, poison: int | None = None, **config: Any
 ) -> dict[str, Any]:
     """Train a small sharded model by hand: losses, dtypes, and how far its lanes have moved.
 
@@ -97,9 +97,10 @@ def steps(
         args: what is trained.
         dtype: a forward computes in.
         poison: a text token whose embedding is no number.
+        config: of `TTTConfig`.
     """
     with world() as here:
-        lm = small_hybrid(lm={"norm": "rms_norm"})
+        lm = small_hybrid(lm={"norm": "rms_norm"}, **config)
         memories = {n: b.state_dict() for n, b in ttt_blocks(lm).items()}
         lm.to(dtype)
         if poison is not None:
@@ -128,9 +129,15 @@ def steps(
         masters = {str(local(master).dtype) for _, master in optimizer.pairs}
         with whole(model):
             attention = lm.transformer.layers[0].self_attn.in_projs[0]
-            w0 = {n: b.memory.W1.detach().tolist() for n, b in ttt_blocks(lm).items()}
+            w0 = {
+                f"{n}.{key}": parameter.detach().tolist()
+                for n, b in ttt_blocks(lm).items()
+                for key, parameter in b.memory.named_parameters()
+                if key in START
+            }
+            memory = next(iter(ttt_blocks(lm).values())).memory
             seen = {
-                "projection": str(next(iter(ttt_blocks(lm).values())).memory.o_proj.weight.dtype),
+                "projection": memory.o_proj and str(memory.o_proj.weight.dtype),
                 "attention": str(attention.lora_A.weight.dtype),
             }
         return {

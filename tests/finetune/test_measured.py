@@ -6,9 +6,9 @@ import pytest
 import torch
 from moshi.models.loaders import _lm_kwargs
 
-from eval.bench.live_bytes import LiveBytes, kept, storages
 from finetune.args import DataArgs, LoraArgs, TrainArgs
 from finetune.data.loader import Batch
+from finetune.live_bytes import LiveBytes, kept, storages
 from finetune.loss import LossWeights, TeacherForced, loss_sums
 from finetune.memory_use import estimate
 from finetune.optim import MasterAdamW, parameter_groups
@@ -24,11 +24,10 @@ TOO_LITTLE, TOO_MUCH = -0.05, 0.25
 """How far an estimate may be from what is measured, in parts of it."""
 SHAPE = {"dim": 64, "depformer_dim_feedforward": 64}
 CONFIG = {**_lm_kwargs, **LM_KWARGS, **SHAPE}
-MLP, LINEAR = (
-    TTTConfig(memory=m, layers="all", chunk_size=4, num_heads=2) for m in ("ttt_mlp", "ttt_linear")
+MLP, LINEAR, LACT, ATLAS = (
+    TTTConfig(memory=m, layers="all", chunk_size=4, num_heads=2)
+    for m in ("ttt_mlp", "ttt_linear", "lact", "atlas")
 )
-LACT = TTTConfig(memory="lact", layers="all", chunk_size=8, num_heads=2, low_rank=4, stacked=2)
-ATLAS = TTTConfig(memory="atlas", layers="all", chunk_size=8, num_heads=2)
 BASE = TrainArgs(
     data=DataArgs(train_data="random"), run_dir="none", lora=LoraArgs(enable=True, rank=4),
     ttt=MLP, duration_sec=4.0, batch_size=2, gradient_checkpointing=False,
@@ -53,23 +52,36 @@ CASES = {
     "linear": {"ttt": LINEAR},
     "linear, checkpointing": {"ttt": LINEAR, "gradient_checkpointing": True},
     "after attention": {"ttt": replace(MLP, placement="after_attention", chunk_size=16)},
+    "narrow heads": {"ttt": replace(MLP, head_dim=16, conv_width=1)},
+    "shared projection": {"ttt": replace(MLP, projection="shared")},
+    "shared projection, checkpointing": {
+        "ttt": replace(MLP, projection="shared", placement="after_attention"),
+        "gradient_checkpointing": True,
+    },
+    "writing off": {"ttt": replace(MLP, writing=False)},
     "lact": {"ttt": LACT},
-    "lact, long, checkpointing": {
-        "ttt": LACT, "duration_sec": 16.0, "gradient_checkpointing": True
+    "lact, checkpointing": {"ttt": LACT, "gradient_checkpointing": True},
+    "lact, stacked": {"ttt": replace(LACT, stacked=2, residual=True, low_rank=0, chunk_size=16)},
+    "lact, wide heads": {
+        "ttt": replace(LACT, head_dim=48, placement="after_attention"),
+        "gradient_checkpointing": True,
     },
-    "lact, shared, all of the base": {
-        "ttt": replace(LACT, projection="shared"), "lora": NO_LORA, "full_finetuning": True,
-        "gradient_checkpointing": True, "num_microbatches": 2, "batch_size": 1,
-    },
-    "lact, plain, narrow heads": {
-        "ttt": replace(LACT, stacked=1, momentum=False, muon=False, head_dim=12)
-    },
+    "lact, plain": {"ttt": replace(LACT, muon=False, momentum=False, conv_width=4)},
+    "lact, shared projection": {"ttt": replace(LACT, projection="shared")},
+    "lact, long": {"ttt": replace(LACT, chunk_size=32), "duration_sec": 16.0},
+    "lact, memory only": {"ttt": replace(LACT, projection="shared"), "lora": NO_LORA},
     "atlas": {"ttt": ATLAS},
-    "atlas, long, checkpointing": {
-        "ttt": ATLAS, "duration_sec": 16.0, "gradient_checkpointing": True
+    "atlas, checkpointing": {"ttt": ATLAS, "gradient_checkpointing": True},
+    "atlas, linear": {"ttt": replace(ATLAS, deep=False, window=1, polynomial="none")},
+    "atlas, muon": {
+        "ttt": replace(ATLAS, muon=True, placement="after_attention"), "duration_sec": 2.0
     },
-    "atlas, muon": {"ttt": replace(ATLAS, muon=True), "gradient_checkpointing": True},
-    "atlas, outer, linear": {"ttt": replace(ATLAS, polynomial="outer", deep=False)},
+    "atlas, muon, checkpointing": {
+        "ttt": replace(ATLAS, muon=True), "gradient_checkpointing": True, "duration_sec": 2.0
+    },
+    "atlas, outer": {"ttt": replace(ATLAS, polynomial="outer", outer_rank=8)},
+    "atlas, 2 segments": {"ttt": ATLAS, "tbptt_segments": 2, "gradient_checkpointing": True},
+    "lact, 2 segments": {"ttt": LACT, "tbptt_segments": 2},
     "no memory": {"ttt": None},
     "no memory, checkpointing": {"ttt": None, "gradient_checkpointing": True},
     "embeddings": {"lora": LoraArgs(enable=True, rank=4, ft_embed=True)},
@@ -105,7 +117,7 @@ def build(args, width):
 
 
 def measure(args, width):
-    """A step in the middle of a run: every lane has heard something."""
+    """A step in the middle of a run: every lane has heard something, and not as much."""
     lm = build(args, width)
     groups = parameter_groups(lm, args)
     optimizer = MasterAdamW(groups, args.optim.betas)
@@ -124,6 +136,12 @@ def measure(args, width):
         train_step(model, ticks, optimizer, LossWeights(), max_norm=1.0)
 
     step()
+    if args.ttt is not None and args.batch_size > 1:
+        for slot in range(args.num_microbatches):
+            use_slot(lm, slot)
+            for lanes in lanes_of(lm).values():
+                lanes.reset(torch.arange(rows) == 0)
+        step()
     parts = {"weights": held(lm.parameters())}
     parts["masters"] = held(m for p, m in optimizer.pairs if m is not p)
     states = optimizer.adamw.state.values()
@@ -177,7 +195,9 @@ def test_the_estimate_is_what_is_measured(name):
     check(replace(BASE, **CASES[name]), 4)
 
 
-@pytest.mark.parametrize("name", ["plain", "checkpointing", "linear", "no memory, checkpointing"])
+@pytest.mark.parametrize(
+    "name", ["plain", "checkpointing", "linear", "lact", "atlas", "no memory, checkpointing"]
+)
 def test_in_bfloat16_too(name):
     check(replace(BASE, **CASES[name]), 2)
 

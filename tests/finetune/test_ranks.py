@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from finetune.load_args import load_args
 from finetune.world import World, rows_of
 from moshi_ttt.checkpoint import load
 from moshi_ttt.errors import UserError
+from moshi_ttt.memory import MEMORIES
 from tests.finetune.ranks import on_ranks, steps, train
 from tests.finetune.small_run import ROOT, checkpoint, lines
 from tests.finetune.test_loss import batch, segment
@@ -62,6 +64,15 @@ def test_more_ranks_have_the_losses_of_one_in_float64(world, exact, tmp_path):
         keys["gradient_checkpointing"] = True
 
 
+@pytest.mark.parametrize("family", [name for name in MEMORIES if name != "ttt_mlp"])
+def test_two_ranks_have_the_losses_of_two_micro_batches_of_one(world, exact, tmp_path, family):
+    """Every memory, states passed on: 1 rank x 2 micro-batches, 2 ranks x 1."""
+    keys = {"moshi_paths.hf_repo_id": str(exact), "ttt.memory": family, "max_steps": 8}
+    want, got = (run(world, tmp_path / str(ranks), ranks, True, **keys) for ranks in (1, 2))
+    assert want[-1] < want[0]
+    assert got == pytest.approx(want, rel=1e-9)
+
+
 def test_more_ranks_have_the_losses_of_one_in_float32(world, tmp_path):
     """Through two linked segments a step; held-out recordings are shared out, their means agree."""
     keys = {"tbptt_segments": 2, "do_eval": True, "eval_freq": 20}
@@ -90,17 +101,21 @@ def parts(count, ranks):
     return found
 
 
-def test_fast_weights_stay_float32_in_mixed_precision(args):
+@pytest.mark.parametrize("projection", ["own", "shared"])
+@pytest.mark.parametrize("family", list(MEMORIES))
+def test_fast_weights_stay_float32_in_mixed_precision(args, family, projection):
     """bfloat16 forward and frozen weights; masters, W0, gate and states are float32."""
+    config = {"memory": family, "projection": projection}
     batches = parts(3, 2)
     together = [[batch_of(step)] for step in batches]
-    found = on_ranks(2, steps, batches, args, torch.bfloat16)
-    (one,) = on_ranks(1, steps, together, args, torch.bfloat16)
+    found = on_ranks(2, partial(steps, **config), batches, args, torch.bfloat16)
+    (one,) = on_ranks(1, partial(steps, **config), together, args, torch.bfloat16)
     for rank in found:
         assert rank["masters"] == {"torch.float32"}
         fast = {k: v for k, v in rank["dtypes"].items() if ".fast." in k or k.endswith(".conv")}
         assert set(v for k, v in fast.items() if not k.endswith("pos")) == {"torch.float32"}
-        assert rank["seen"] == {"projection": "torch.float32", "attention": "torch.bfloat16"}
+        owned = "torch.float32" if projection == "own" else None
+        assert rank["seen"] == {"projection": owned, "attention": "torch.bfloat16"}
         assert rank["loss"] == found[0]["loss"]
     assert found[0]["loss"] == pytest.approx(one["loss"], rel=2e-2)
     for name, w0 in found[0]["w0"].items():  # three steps at 1e-3: below bfloat16's grid at 0.3

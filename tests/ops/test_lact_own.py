@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from eval.bench.live_bytes import kept
+from finetune.live_bytes import kept
 from moshi_ttt.ops import lact
 from moshi_ttt.ops.naive import lact as naive
 from tests.contract import assert_near, clone, take

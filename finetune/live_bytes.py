@@ -62,10 +62,10 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(  # noqa: D105
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        for x in _tensors((*args, *(kwargs or {}).values())):
+        for x in tensors_in((*args, *(kwargs or {}).values())):
             self._note(x.untyped_storage(), made=False)
         out = func(*args, **(kwargs or {}))
-        for x in _tensors(out if isinstance(out, tuple | list) else (out,)):
+        for x in tensors_in(out if isinstance(out, tuple | list) else (out,)):
             self._note(x.untyped_storage(), made=True)
         return out
 
@@ -83,10 +83,10 @@ class LiveBytes(TorchDispatchMode):
         self._seen[key] = weakref.ref(storage, gone)
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among an operation's values, those in lists too."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, tuple | list):
-            yield from _tensors(value)
+            yield from tensors_in(value)

@@ -58,7 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--every", type=positive_float, metavar="SECONDS",
         help="between readings (8, or what makes 200 of them)",
     )  # fmt: skip
-    p.add_argument("--side", choices=SIDES, default="user", help="who a mono recording is")
+    p.add_argument("--side", choices=SIDES, help="who a mono recording is (user)")
     p.add_argument("--base", help="base folder or hub repository (the checkpoint's)")
     p.add_argument("--device", help="cuda or cpu (cuda if there is one)")
     p.add_argument("--codes-cache", default="data/codes", help="folder for Mimi's codes")
@@ -79,6 +79,12 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.checkpoint} has no memory that keeps a state: nothing to inspect")
     models = Models(described, [], device, described.dtype)
     book = open_audio([audio], str(audio))
+    stereo = book.channels == 2
+    if stereo and args.side is not None:
+        raise UserError(
+            f"--side {args.side} is of a mono recording; {audio} is stereo: left Moshi, right user"
+        )
+    args.side = args.side or ("moshi" if stereo else "user")  # "user" would swap the channels
     out = next_folder(args.out, EVAL_RUNS / f"{models.name}-inspect-{audio.stem}")
     lm = load(described.folder, base=described.base, device=device).lm
     if device.type == "cpu":
@@ -103,7 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     with written_whole(out / PICTURE) as beside:
         heat_map(grids, rows, edges, level, name).savefig(beside, format="png")
     found = findings(readings)
-    facts = {"audio": str(audio), "seconds": round(book.duration, 2), "side": args.side}
+    side = "left Moshi, right user" if stereo else args.side
+    facts = {"audio": str(audio), "seconds": round(book.duration, 2), "side": side}
     facts |= {"frames between readings": every * per_call, **provenance("eval.inspect", device)}
     with written_whole(out / REPORT) as beside:
         beside.write_text(report(name, found, readings, facts), encoding="utf-8")

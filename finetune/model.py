@@ -155,8 +155,9 @@ def codec_needed(base: Base, sources: Sequence[Source]) -> bool:
         if recording.stored is None:
             raise UserError(
                 f"{recording.where}: this is audio, and base {base.name} has no Mimi: encode it "
-                "(python -m finetune.encode --base), name moshi_paths.mimi_path, or put Mimi's "
-                f"file at {base.info.mimi_weights}"
+                "(python -m finetune.encode MANIFEST FOLDER --base BASE), name "
+                "moshi_paths.mimi_path in training, or put Mimi's file at "
+                f"{base.info.mimi_weights}"
             )
         if codec not in (None, recording.stored.codec):
             raise UserError(

@@ -209,7 +209,7 @@ def describe(
     if (folder / "consolidated").is_dir():
         folder = folder / "consolidated"
     if not (folder / TTT_CONFIG_FILE).is_file():
-        raise UserError(f"{checkpoint} is not a checkpoint: it has no {TTT_CONFIG_FILE}")
+        raise UserError(f"{checkpoint} is not a checkpoint: {_why_not(Path(checkpoint))}")
     about = read_json(folder / TTT_CONFIG_FILE)
     if about.get("format") != FORMAT:
         raise UserError(f"{folder}: format {about.get('format')!r}, this version reads {FORMAT}")
@@ -229,6 +229,16 @@ def describe(
         except (ValueError, TypeError) as error:
             raise UserError(f"{folder / TTT_CONFIG_FILE}: {error}") from error
     return Described(folder, base, saved, about, _DTYPES[about["dtype"]], weights)
+
+
+def _why_not(given: Path) -> str:
+    """What a folder without a checkpoint is, and where there is one in a run's."""
+    folder = given.expanduser()
+    if not folder.exists():
+        return f"it has no {TTT_CONFIG_FILE}, for there is no such folder"
+    found = [p for where in (folder, folder / "checkpoints") for p in where.glob("checkpoint_*")]
+    hint = f"; did you mean {max(found)}?" if found else ""
+    return f"it has no {TTT_CONFIG_FILE}{hint}"
 
 
 def load(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from math import isfinite
 from typing import Any
 
 PLACEMENTS = ("parallel", "after_attention")
@@ -102,20 +104,30 @@ class TTTConfig:
 
     def __post_init__(self) -> None:
         """Fill in the family's defaults and check every value."""
-        if self.memory not in FAMILIES:
+        if not isinstance(self.memory, str) or self.memory not in FAMILIES:
             raise ValueError(f"memory {self.memory!r} is unknown; choose {list(FAMILIES)}")
         own = FAMILIES[self.memory]
-        for name in OPTIONS:
-            value = getattr(self, name)
-            if name not in own and value is not None:
-                raise ValueError(f"{name} is no option of {self.memory}, got {value!r}")
+        given = {name: getattr(self, name) for name in OPTIONS}
+        others = [name for name in OPTIONS if name not in own and given[name] is not None]
+        if others:
+            first, *more = others
+            also = f", nor {', '.join(more)}" if more else ""
+            raise ValueError(
+                f"{first} is no option of {self.memory}, got {given[first]!r}{also}: leave out or "
+                f"set to null what {self.memory} lacks (it has {', '.join(own)})"
+            )
+        for name, value in given.items():
             if value is None:
                 object.__setattr__(self, name, own.get(name))
         if not isinstance(self.layers, str):
+            if not isinstance(self.layers, Iterable):
+                raise ValueError(
+                    f"layers {self.layers!r} is not 'all', 'every:N' or a list of indices"
+                )
             object.__setattr__(self, "layers", tuple(self.layers))
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if value is not None and value not in choices:
+            if value not in choices and not (value is None and name in OPTIONS):
                 raise ValueError(f"{name} {value!r} is unknown; choose {list(choices)}")
         for name, least in _WHOLE.items():
             value = getattr(self, name)
@@ -123,14 +135,22 @@ class TTTConfig:
                 raise ValueError(
                     f"{name} must be a whole number of at least {least}, got {value!r}"
                 )
-        for name in ("writing", "momentum", "muon", "residual", "deep"):
+        for name in _SWITCHES:
             value = getattr(self, name)
             if value is not None and type(value) is not bool:
                 raise ValueError(f"{name} must be true or false, got {value!r}")
+        for name in ("base_lr", "decay"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and isfinite(value)):
+                raise ValueError(f"{name} must be a number, got {value!r}")
         if self.base_lr is not None and not self.base_lr > 0:
             raise ValueError(f"base_lr must be positive, got {self.base_lr!r}")
         if self.decay is not None and not 0 <= self.decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {self.decay!r}")
+        if self.deep is False and self.hidden_mult != own["hidden_mult"]:
+            raise ValueError(
+                f"hidden_mult is {self.hidden_mult}, but deep is false: it has no hidden layer"
+            )
         if self.outer_rank is not None and self.polynomial != "outer":
             raise ValueError(
                 f"outer_rank is {self.outer_rank}, but polynomial is {self.polynomial!r}"
@@ -177,12 +197,15 @@ class TTTConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TTTConfig:
-        """Build from plain values.
+        """Build from what `to_dict` gave, of this version or an earlier one.
 
         Raises:
             ValueError: a key that is not a field, named.
         """
         known = {f.name for f in fields(cls)}
+        if (values.get("memory"), values.get("hidden_mult")) == ("ttt_linear", 4):
+            # once written for every memory, at its default; a linear one never read it
+            values = {k: v for k, v in values.items() if k != "hidden_mult"}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"unknown key {unknown[0]!r} in the memory's configuration")
@@ -190,7 +213,15 @@ class TTTConfig:
 
 
 _CHOICES = {"placement": PLACEMENTS, "projection": PROJECTIONS, "polynomial": POLYNOMIALS}
+_SWITCHES = (
+    "writing", "persistent_states", "state_passing", "detach_memory_output", "momentum", "muon",
+    "residual", "deep",
+)  # fmt: skip
 _WHOLE = {
     "chunk_size": 1, "num_heads": 1, "head_dim": 1, "conv_width": 1, "write_every": 1,
     "hidden_mult": 1, "low_rank": 0, "stacked": 1, "window": 1, "outer_rank": 1,
 }  # fmt: skip
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

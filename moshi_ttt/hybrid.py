@@ -162,7 +162,8 @@ def splice(lm: LMModel, config: TTTConfig) -> Spliced:
 
     Raises:
         ValueError: already spliced, quantised, streaming, no layer matched, a layer that is not
-            moshi's own, or heads that do not divide the width. `lm` is as it was.
+            moshi's own, heads that do not divide the width, or a LaCT's chunk longer than
+            attention sees. `lm` is as it was.
     """
     if isinstance(lm, HybridLMModel):
         raise ValueError("the model already has a memory: unsplice it first")
@@ -275,6 +276,12 @@ def _build_block(
         )
     except ValueError as error:
         raise ValueError(f"layer {index}: {error}") from error
+    window, chunk = attention.context, config.chunk_size
+    if block.memory.reads_late and window is not None and chunk > window:
+        raise ValueError(
+            f"chunk_size {chunk} is above layer {index}'s attention window of {window} frames: "
+            f"{config.memory} reads a frame once its chunk is done, and some would be read by none"
+        )
     if block.norm is not None:
         block.norm.load_state_dict(norm.state_dict())
     return block.to(device)

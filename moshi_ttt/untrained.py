@@ -17,7 +17,7 @@ import torch
 from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 from moshi.models.loaders import CheckpointInfo, get_moshi_lm
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor
 
@@ -86,8 +86,11 @@ def read_recipe(weights: Path) -> Recipe | None:
 def _said(weights: Path) -> str | None:
     if not weights.is_file() or weights.suffix != ".safetensors":
         return None
-    with safe_open(weights, "pt") as file:
-        return (file.metadata() or {}).get(_KEY)
+    try:
+        with safe_open(weights, "pt") as file:
+            return (file.metadata() or {}).get(_KEY)
+    except SafetensorError as error:
+        raise UserError(f"{weights} cannot be read: {error}") from error
 
 
 @dataclass
@@ -107,9 +110,8 @@ class UntrainedInfo(CheckpointInfo):
         """
         if not self.mimi_weights.is_file():
             raise UserError(
-                f"base {self.moshi_weights.parent} has no Mimi, it was made for codes: give "
-                "recordings as codes (python -m finetune.encode), or put Mimi's file at "
-                f"{self.mimi_weights}"
+                f"base {self.moshi_weights.parent} has no Mimi, it was made for codes alone: to "
+                f"hear or make sound, put the Mimi that made them at {self.mimi_weights}"
             )
         return super().get_mimi(device)
 

@@ -216,6 +216,18 @@ def test_refusals_name_what_is_wrong(base_folder, base, tmp_path):
         load_base(find_base(quantised))
 
 
+def test_a_runs_folder_is_no_checkpoint_and_the_newest_in_it_is_named(tmp_path):
+    inside = tmp_path / "run" / "checkpoints"
+    for step in (2, 10):
+        (inside / f"checkpoint_{step:06}").mkdir(parents=True)
+    for given in (inside, inside.parent):
+        with pytest.raises(UserError, match=r"run.* is not a checkpoint: it has no ttt.json; did "
+                           r"you mean .*run/checkpoints/checkpoint_000010\?"):  # fmt: skip
+            load(given)
+    with pytest.raises(UserError, match=r"not a checkpoint: .* there is no such folder"):
+        load(tmp_path / "none")
+
+
 def test_verify_base_reads_all_of_it(base_folder, tmp_path):
     """A change between the sampled places: the fingerprint misses it, the whole hash does not."""
     mine = tmp_path / "base"

@@ -283,7 +283,7 @@ def test_no_gradient_reaches_a_frame_that_does_not_exist(memory):
 
 @every_memory
 def test_outer_gradients_through_many_chunks(memory):
-    n = 20 if memory.slope > 1e-12 else 40  # with Muon a rounding error grows
+    n = 40 if memory.name.startswith("ttt") else 20  # with Muon a rounding error grows
     slow, frames = make_slow(memory, C=4), make_frames(memory, B=1, T=n * 4 - 3)
     start = a_state(memory, slow, [6])
     found = (gradients(memory, slow, frames, start, f) for f in ("fast", "naive"))

@@ -65,13 +65,13 @@ def lact(gen):
 
 
 def atlas(gen, *, deep):
-    """Gates as at the memory's start."""
+    """Gates as at the start with `base_lr: 1`; at 0.1 a deep one learns too slowly here."""
     W1 = start(gen, D, 4 * D if deep else 2 * D, std=0.02)
     slow = {"W1": W1, "W2": start(gen, 4 * D, 2 * D, std=(2 * D) ** -0.5) if deep else None}
     slow |= {"coef": torch.tensor([1.0, 0.5**0.5]).repeat(2 * HEADS, 1), "proj": None}
     slow |= {"chunk_size": C, "window": 8}
     half = torch.full((2 * HEADS, 1), 0.5)
-    gates = {"alpha": 1 - heads(1e-4, 0.0).view(-1, 1), "eta": 0.1 * half / D}
+    gates = {"alpha": 1 - heads(1e-4, 0.0).view(-1, 1), "eta": half * half / (C * 8)}
     gates |= {"theta": half, "gamma": half}
     return Run("atlas", ("alpha 0.9999", "alpha 1"), slow, gates, 0.5, residual=deep)
 

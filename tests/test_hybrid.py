@@ -147,6 +147,14 @@ def test_splice_says_what_it_did_and_unsplice_undoes_it():
         ({"layers": [1, 1]}, "twice"),
         ({"layers": "most"}, "most"),
         ({"num_heads": 5}, "5"),
+        ({"layers": 5}, "layers 5 is not 'all'"),
+        ({"memory": ["lact"]}, "memory .* is unknown"),
+        ({"projection": None}, "projection None is unknown"),
+        ({"state_passing": "no"}, "state_passing must be true or false, got 'no'"),
+        ({"persistent_states": 0}, "persistent_states must be true or false, got 0"),
+        ({"decay": "0.1"}, "decay must be a number, got '0.1'"),
+        ({"base_lr": float("inf")}, "base_lr must be a number, got inf"),
+        ({"base_lr": True}, "base_lr must be a number, got True"),
     ],
 )
 def test_a_bad_configuration_leaves_the_model_alone(values, text):
@@ -367,3 +375,13 @@ def test_outside_the_gradient_nothing_is_checkpointed_and_results_agree():
     with torch.no_grad():
         assert torch.equal(lm(codes).text_logits, want)
     assert lm.transformer.checkpointing
+
+
+def test_a_chunk_that_attention_forgets_before_it_is_written_is_refused():
+    lm = small_lm()
+    with pytest.raises(ValueError, match="chunk_size 21 is above layer 0's attention window of 20"):
+        splice(lm, config(memory="lact", chunk_size=21))
+    assert type(lm) is LMModel
+    splice(lm, config(memory="lact", chunk_size=20))
+    splice(small_lm(), config(memory="ttt_mlp", chunk_size=21))  # it reads its own chunk
+    splice(small_lm(context=None), config(memory="lact", chunk_size=21))

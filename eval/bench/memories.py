@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from eval.provenance import provenance
 from eval.trainings import trained_parameters
 from moshi_ttt.block import HybridSeqModelingBlock
 from moshi_ttt.checkpoint import load
-from moshi_ttt.errors import Parser, run_cli
+from moshi_ttt.errors import Parser, UserError, run_cli
 from moshi_ttt.lanes import named_tensors
 from moshi_ttt.states import ttt_blocks
 
@@ -77,8 +78,12 @@ def frame_times(folders: dict[str, Path], rounds: int) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def main() -> None:
-    """Command line: `python -m eval.bench.memories`."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: `python -m eval.bench.memories`.
+
+    Raises:
+        UserError: unknown or malformed options, or a training that failed.
+    """
     parser = Parser("python -m eval.bench.memories", __doc__)
     root = Path("runs/memories")
     parser.add_argument("--root", type=Path, default=root, help="folder of the runs")
@@ -86,8 +91,10 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=250)
     parser.add_argument("--rounds", type=int, default=5, help="of timing")
     parser.add_argument("--out", type=Path, default=RESULTS, help="gets memories.md, .json, .png")
-    args = parser.parse_args()
-    run_cli(lambda: measure(args))
+    args = parser.parse_args(arguments)
+    if min(args.seeds, args.max_steps, args.rounds) < 1:
+        raise UserError("--seeds, --max-steps and --rounds must be at least 1")
+    measure(args)
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -134,4 +141,4 @@ def measure(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -106,7 +106,8 @@ def figure(rows: Sequence[dict[str, Any]]) -> Figure:
         ax.set_title(f"{key} the attention window")
         ax.set_xlabel("nats a token of codebook 0, less is better")
         ax.set_yticks(range(len(memories)), [row["memory"] for row in memories])
-        ax.invert_yaxis()
+        ax.locator_params(axis="x", nbins=6)
+    drawn.axes[0].invert_yaxis()
     for what, colour in (("minus LoRA only", "C0"), ("minus trained with writing off", "C1")):
         drawn.axes[0].plot([], [], "o-", color=colour, label=what)
     drawn.legend(loc="outside lower center", ncols=2, frameon=False)

@@ -17,7 +17,7 @@ import numpy as np
 from eval.bench.runs import recordings, timed, train
 from eval.provenance import provenance
 from eval.stats import estimate
-from moshi_ttt.errors import Parser, run_cli
+from moshi_ttt.errors import Parser, UserError, run_cli
 
 ARMS = {
     (passing, kv): f"{'on' if passing else 'off'}, {'on' if kv else 'off'}"
@@ -101,8 +101,12 @@ def as_markdown(rows: list[dict[str, Any]], seeds: Sequence[int]) -> str:
     ])  # fmt: skip
 
 
-def main() -> None:
-    """Command line: `python -m eval.bench.passing`."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: `python -m eval.bench.passing`.
+
+    Raises:
+        UserError: unknown or malformed options, or a training that failed.
+    """
     parser = Parser("python -m eval.bench.passing", __doc__)
     parser.add_argument(
         "--root", type=Path, default=Path("runs/passing"), help="folder of the runs"
@@ -113,7 +117,9 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=RESULTS, help="gets passing.md and passing.json"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    if min(args.seeds, args.max_steps, args.rounds) < 1:
+        raise UserError("--seeds, --max-steps and --rounds must be at least 1")
 
     def trained(arm: tuple[bool, bool], turn: int) -> Path:
         folder = args.root / "timing" / f"{turn}_{run_dir(args.root, arm, 0).name}"
@@ -121,27 +127,24 @@ def main() -> None:
         train_arm(arm, folder, *short, "--eval.eval_after_training", "false")
         return folder
 
-    def body() -> None:
-        seeds = range(args.seeds)
-        for seed in seeds:
-            for arm in ARMS:
-                more = ("--seed", seed, "--max_steps", args.max_steps)
-                train_arm(arm, run_dir(args.root, arm, seed), *more)
-        rows = compared(args.root, seeds)
-        steps = timed(list(ARMS), trained, args.rounds)
-        least = steps[next(iter(ARMS))]
-        for row, arm in zip(rows, ARMS, strict=True):
-            row["step"] = steps[arm] / least
-        made = provenance("eval.bench.passing")
-        listed = "".join(f"- {key}: `{value}`\n" for key, value in made.items())
-        text = f"{as_markdown(rows, seeds)}\n{listed}"
-        (args.out / "passing.md").write_text(text)
-        found = json.dumps(made | {"rows": rows}, indent=1)
-        (args.out / "passing.json").write_text(found + "\n")
-        sys.stdout.write(text)
-
-    run_cli(body)
+    seeds = range(args.seeds)
+    for seed in seeds:
+        for arm in ARMS:
+            more = ("--seed", seed, "--max_steps", args.max_steps)
+            train_arm(arm, run_dir(args.root, arm, seed), *more)
+    rows = compared(args.root, seeds)
+    steps = timed(list(ARMS), trained, args.rounds)
+    least = steps[next(iter(ARMS))]
+    for row, arm in zip(rows, ARMS, strict=True):
+        row["step"] = steps[arm] / least
+    made = provenance("eval.bench.passing")
+    listed = "".join(f"- {key}: `{value}`\n" for key, value in made.items())
+    text = f"{as_markdown(rows, seeds)}\n{listed}"
+    (args.out / "passing.md").write_text(text)
+    found = json.dumps(made | {"rows": rows}, indent=1)
+    (args.out / "passing.json").write_text(found + "\n")
+    sys.stdout.write(text)
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.memory.recompute import recomputed, recomputed_linear
-from moshi_ttt.ops.norm import EPS
+from moshi_ttt.ops.norm import EPS, raised
 from moshi_ttt.ops.stream import cast, unless_all
 
 
@@ -70,17 +70,18 @@ class Memory(nn.Module):
         op: equations of the family.
         silu: see above.
         rates: numbers that a head learns to make of a frame: learning rates, gates.
+        reads_late: a frame is not read before its chunk is done; until then attention must see it.
         lr_scale: factor on the inner learning rate, for its warm-up; 0 writes nothing. Not saved.
         inner: channels of q, of k and of v, `H * D`.
 
     Raises:
-        ValueError: `width` is not a multiple of `num_heads`, and no `head_dim` is given; or
-            `projection: shared` and the heads are not as wide as the host.
+        ValueError: `width` is not a multiple of `num_heads`, and no `head_dim` is given.
     """
 
     op: ClassVar[ModuleType]
     silu: ClassVar[bool] = False
     rates: ClassVar[int] = 1
+    reads_late: ClassVar[bool] = False
     lr_scale: float
 
     def __init__(self, width: int, num_heads: int, config: TTTConfig) -> None:
@@ -250,8 +251,8 @@ class Memory(nn.Module):
             qkv = cast(F.linear(x, cast(self.qkv_proj.weight, x.dtype)), dtype)
         frames = torch.cat([state.conv, qkv[..., :rows]], 1)
         y = (frames * cast(self.conv_weight, dtype).mT).sum(1).add_(cast(self.conv_bias, dtype))
-        y = y.view(B, 2, H, 1, -1)
-        v = qkv[..., rows:].view(B, H, 1, -1)
+        y = y.view(B, 2, H, 1, self.head_dim)
+        v = qkv[..., rows:].view(B, H, 1, self.head_dim)
         if self.silu:
             y, v = F.silu(y, inplace=True), F.silu(v)
         y.div_(torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(EPS))
@@ -349,5 +350,4 @@ def full(x: Tensor) -> Tensor:
 
     Outside a forward FSDP has every rank hold a part, and all ranks must ask together.
     """
-    x = x.full_tensor() if isinstance(x, DTensor) else x
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return raised(x.full_tensor() if isinstance(x, DTensor) else x)

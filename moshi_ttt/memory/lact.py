@@ -28,6 +28,7 @@ class LaCT(Memory):
     op = lact
     silu = True
     rates = 6
+    reads_late = True
 
     def __init__(self, width: int, num_heads: int, config: TTTConfig) -> None:
         super().__init__(width, num_heads, config)

@@ -36,6 +36,8 @@ class TTT(Memory):
 
     def _rest(self) -> tuple[Tensor | int | None, ...]:
         """The part of the op's parameters that both have."""
-        decay = None if self.decay_logit is None else torch.sigmoid(full(self.decay_logit))
+        decay = None
+        if self.decay_logit is not None:  # it is part of a write
+            decay = torch.sigmoid(full(self.decay_logit)) * (1.0 if self.writes() else 0.0)
         slow = (full(x) for x in (self.gamma, self.beta, self.delta))
         return *slow, decay, self.config.options["write_every"]

@@ -29,7 +29,7 @@ from moshi_ttt.ops.atlas_layers import features, learn, orthogonal
 from moshi_ttt.ops.atlas_pairs import last, on_slots, present, slide, split
 from moshi_ttt.ops.atlas_scan import gates, scan
 from moshi_ttt.ops.grid import Grid
-from moshi_ttt.ops.norm import gelu
+from moshi_ttt.ops.norm import gelu, raised
 from moshi_ttt.ops.stream import cast, unless_all
 
 WEIGHTS = ("W1", "W2")
@@ -102,7 +102,7 @@ def init_state(params: Params, batch_size: int) -> State:
     """
     H, D, _ = params.W1.shape
     start = [params.W1, params.W1.new_zeros(H, 0, 0) if params.W2 is None else params.W2]
-    W, Ws = ([_raise(x).repeat(batch_size, 1, 1, 1) for x in start] for _ in range(2))
+    W, Ws = ([raised(x).repeat(batch_size, 1, 1, 1) for x in start] for _ in range(2))
     S = [torch.zeros_like(x) for x in W]
     k, v = (W[0].new_zeros(batch_size, H, params.window - 1, D) for _ in range(2))
     pos = torch.zeros(batch_size, dtype=torch.int64, device=k.device)
@@ -303,8 +303,3 @@ def _end_chunk(
     full = full.repeat_interleave(len(W[0]) // len(full), output_size=len(W[0])).view(-1, 1, 1)
     for new, start in zip(W, Ws, strict=True):
         torch.where(full, new, start, out=start)
-
-
-def _raise(x: Tensor) -> Tensor:
-    """`x` in float32 or better."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -27,6 +27,7 @@ from torch.nn.functional import pad
 from moshi_ttt.ops.grid import Grid
 from moshi_ttt.ops.lact_chunks import Slow, pack, recall, unpack, write
 from moshi_ttt.ops.lact_scan import scan
+from moshi_ttt.ops.norm import raised
 from moshi_ttt.ops.stream import cast, unless_all
 
 WEIGHTS = ("Wg", "Wu", "Wo")
@@ -101,7 +102,7 @@ def init_state(params: Params, batch_size: int) -> State:
     Returns:
         A state in float32, float64 if the parameters are.
     """
-    W = [_raise(x).repeat(batch_size, *[1] * x.dim()) for x in params[:3]]
+    W = [raised(x).repeat(batch_size, *[1] * x.dim()) for x in params[:3]]
     B, H, r, _, D = W[0].shape
     momentum = [x.new_zeros(B, H, r if params.momentum else 0, *x.shape[-2:]) for x in W]
     k, v, lr = (W[0].new_zeros(B, H, params.chunk_size, width) for width in (D, D, 3))
@@ -266,8 +267,3 @@ def _slow(params: Params, B: int, dtype: torch.dtype) -> Slow:
     o = torch.linalg.vector_norm(Wo, dim=-1)[None, :, :, None]
     gu, o = (x.repeat(1, B, 1, 1, 1) for x in (gu, o))
     return Slow(gu, o, params.momentum, params.muon, params.residual)
-
-
-def _raise(x: Tensor) -> Tensor:
-    """`x` in float32 or better."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()

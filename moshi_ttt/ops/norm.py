@@ -1,4 +1,4 @@
-"""What both memories share of the inner loss: layer norm, its gradients, and GELU's derivatives."""
+"""What memories share: layer norm, its gradients, GELU's derivatives, the least precision."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ class Normed(NamedTuple):
     xh: Tensor
     mu: Tensor
     rstd: Tensor
+
+
+def raised(x: Tensor) -> Tensor:
+    """`x` in float32, or as it is if that is float64."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def normalise(z: Float[Tensor, "*batch D"]) -> Normed:

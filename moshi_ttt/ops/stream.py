@@ -141,7 +141,7 @@ def _rows(x: Tensor, B: int) -> Tensor:
 
 def _together(pos: Tensor, period: int) -> int | None:
     """The place in the period that all rows share, where it may be asked (on the CPU)."""
-    if not pos.is_cpu:
+    if not pos.is_cpu or not len(pos):
         return None
     first, *others = pos.tolist()
     at = first % period

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moshi_ttt.ops.grid import Grid, position_scale
-from moshi_ttt.ops.norm import normalise
+from moshi_ttt.ops.norm import normalise, raised
 from moshi_ttt.ops.scan import scan
 from moshi_ttt.ops.stream import Fast, Slow, advance
 
@@ -79,7 +79,7 @@ def init_state(params: Params, batch_size: int) -> State:
     Returns:
         A state in float32, float64 if the parameters are.
     """
-    W1, b1 = (_raise(x).repeat(batch_size, *[1] * x.dim()) for x in params[:2])
+    W1, b1 = (raised(x).repeat(batch_size, *[1] * x.dim()) for x in params[:2])
     H, D = params.b1.shape
     k = W1.new_zeros(batch_size, H, params.delta.shape[0], D)
     pos = torch.zeros(batch_size, dtype=torch.int64, device=k.device)
@@ -192,8 +192,3 @@ def inner_loss(
     gamma, beta = (x.to(W1.dtype).unsqueeze(1) for x in (params.gamma, params.beta))
     error = gamma * normalise(z).xh + beta - (v - k).to(W1.dtype)
     return 0.5 * error.square().sum(-1)
-
-
-def _raise(x: Tensor) -> Tensor:
-    """`x` in float32 or better."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()

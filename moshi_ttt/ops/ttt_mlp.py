@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moshi_ttt.ops.grid import Grid, position_scale
-from moshi_ttt.ops.norm import gelu, normalise
+from moshi_ttt.ops.norm import gelu, normalise, raised
 from moshi_ttt.ops.scan import scan
 from moshi_ttt.ops.stream import Fast, Slow, advance
 
@@ -94,7 +94,7 @@ def init_state(params: Params, batch_size: int) -> State:
     Returns:
         A state in float32, float64 if the parameters are.
     """
-    start = [_raise(x).repeat(batch_size, *[1] * x.dim()) for x in params[:4]]
+    start = [raised(x).repeat(batch_size, *[1] * x.dim()) for x in params[:4]]
     H, D, F = params.W1.shape
     C = params.delta.shape[0]
     k, g1, x2, g2 = (start[0].new_zeros(batch_size, H, C, width) for width in (D, F, F, D))
@@ -216,8 +216,3 @@ def inner_loss(
     gamma, beta = (x.to(W1.dtype).unsqueeze(1) for x in (params.gamma, params.beta))
     error = gamma * normalise(z).xh + beta - (v - k).to(W1.dtype)
     return 0.5 * error.square().sum(-1)
-
-
-def _raise(x: Tensor) -> Tensor:
-    """`x` in float32 or better."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -124,6 +124,23 @@ def test_the_command(there, tmp_path, capsys, audio):
     assert len({line.replace("\\|", "").count("|") for line in rows}) == 1
 
 
+def test_the_left_channel_is_moshi_and_the_right_one_the_user(there, tmp_path):
+    mono, rate = soundfile.read(there / "one.wav", always_2d=True)
+    silence = np.zeros_like(mono)
+    soundfile.write(there / "left.wav", np.concatenate([mono, silence], 1), rate)
+    soundfile.write(there / "right.wav", np.concatenate([silence, mono], 1), rate)
+    left, right = (run(there, "lact", f"{x}.wav", tmp_path / x) for x in ("left", "right"))
+    moshi = run(there, "lact", "one.wav", tmp_path / "moshi", "--side", "moshi")
+    user = run(there, "lact", "one.wav", tmp_path / "user")
+    assert left["readings"] == moshi["readings"] != user["readings"] == right["readings"]
+    assert (left["facts"]["side"], user["facts"]["side"]) == ("left Moshi, right user", "user")
+    with pytest.raises(
+        UserError, match=r"--side user is of a mono recording; .*left\.wav is stereo"
+    ):
+        run(there, "lact", "left.wav", tmp_path / "out", "--side", "user")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_wrong_is_said_and_readings_may_be_denser(there, tmp_path, capsys):
     found = run(there, "closed", "one.wav", tmp_path / "out", "--every", "0.1")
     assert [r["frame"] for r in found["readings"]] == [0, 100, 200]  # not within a call

@@ -18,6 +18,7 @@ from finetune.args import (
 from finetune.load_args import load_args
 from moshi_ttt.config import TTTConfig
 from moshi_ttt.errors import UserError
+from tests.finetune.small_run import ROOT
 
 PEER = """\
 # every key of moshi-finetune
@@ -275,6 +276,20 @@ def test_a_mistake_names_place_key_and_value(config, text, overrides, message):
     assert "\n" not in str(error.value)
     if not overrides:
         assert str(path) in str(error.value)
+
+
+def test_another_memory_on_the_command_line_is_told_what_to_take_out():
+    lact, tiny = ROOT / "configs/tiny_lact.yaml", ROOT / "configs/tiny.yaml"
+    with pytest.raises(UserError) as refused:
+        load_args(lact, {"ttt.memory": "ttt_mlp"})
+    said = str(refused.value)
+    assert "ttt.momentum is no option of ttt_mlp, got True, nor muon, low_rank, stacked: " in said
+    assert "set to null what ttt_mlp lacks (it has base_lr, decay, conv_width, write_every" in said
+    with pytest.raises(
+        UserError, match=r"tiny.yaml:\d+: ttt.decay is no option of lact, got 0.005: "
+    ):
+        load_args(tiny, {"ttt.memory": "lact"})
+    assert load_args(tiny, {"ttt.memory": "lact", "ttt.decay": None}).ttt.memory == "lact"
 
 
 def test_a_key_of_wandb_is_refused_and_not_repeated(config):

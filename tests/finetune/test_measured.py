@@ -68,7 +68,7 @@ CASES = {
     },
     "lact, plain": {"ttt": replace(LACT, muon=False, momentum=False, conv_width=4)},
     "lact, shared projection": {"ttt": replace(LACT, projection="shared")},
-    "lact, long": {"ttt": replace(LACT, chunk_size=32), "duration_sec": 16.0},
+    "lact, long": {"ttt": replace(LACT, chunk_size=20), "duration_sec": 16.0},
     "lact, memory only": {"ttt": replace(LACT, projection="shared"), "lora": NO_LORA},
     "atlas": {"ttt": ATLAS},
     "atlas, checkpointing": {"ttt": ATLAS, "gradient_checkpointing": True},

@@ -20,7 +20,7 @@ OPTIONS = {
 
 def make(family, dtype=torch.float64, width=12, heads=2, **config):
     """A memory with nothing at its start value."""
-    config = {"chunk_size": 6, **OPTIONS[family], **config}
+    config = {"chunk_size": 6, **OPTIONS.get(family, {}), **config}
     memory = build_memory(width, heads, TTTConfig(memory=family, **config)).double()
     with torch.no_grad():
         for name, p in memory.named_parameters():
@@ -260,7 +260,7 @@ def test_decay_zero_has_no_parameter(family):
 
 @every_memory
 def test_lr_scale_scales_the_write_and_at_zero_nothing_is_written(family):
-    calm = {"decay": 1e-6} if "decay" in OPTIONS[family] else {}
+    calm = {"decay": 1e-6} if "decay" in OPTIONS.get(family, {}) else {}
     memory, moved = make(family, **calm), []
     x = torch.randn(1, 60, 12, dtype=torch.float64)
     for scale in (0.0, 0.1, 1.0):
@@ -269,6 +269,32 @@ def test_lr_scale_scales_the_write_and_at_zero_nothing_is_written(family):
         moved.append((now - start).norm().item())
     assert moved[0] == 0
     assert 0 < moved[1] < moved[2]
+
+
+@every_memory
+def test_with_lr_scale_zero_a_state_that_moved_stays_where_it_is(family):
+    memory = make(family)
+    x = torch.randn(2, 42, 12, dtype=torch.float64)  # whole chunks: no frame waits to be written
+    with torch.no_grad():
+        _, state = memory(x, memory.init_state(2))
+        now, start = weights(memory, state)
+        memory.lr_scale = 0.0
+        streamed = clone(state)
+        stream(memory, x, streamed)
+        assert not torch.equal(now[0], start)
+        for end in (memory(x, state)[1], streamed):
+            assert torch.equal(weights(memory, end)[0], now)
+
+
+@every_memory
+def test_no_rows(family):
+    memory = make(family)
+    x = torch.randn(0, 1, 12, dtype=torch.float64)
+    with torch.no_grad():
+        state = memory.init_state(0)
+        y, _ = memory(x, state)
+        for mask in (None, torch.zeros(0, dtype=torch.bool)):
+            assert memory.step(x, state, mask).shape == y.shape == x.shape
 
 
 @every_ttt

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ import yaml
 from finetune.args import TrainArgs
 from finetune.load_args import load_args
 from moshi_ttt.errors import UserError
-from moshi_ttt.files import written_whole
+from moshi_ttt.files import locked, written_whole
 
 CONFIG, SUMMARY, LOCK = "config.yaml", "summary.txt", ".lock"
 _ADVICE = "choose another run_dir, or --overwrite_run_dir to move it aside"
@@ -136,18 +134,7 @@ def held(run_dir: Path) -> Iterator[None]:
         UserError: another process trains into it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / LOCK).open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            who = lock.read().strip() or "unknown"
-            raise UserError(
-                f"run_dir {run_dir}: another process is training into it ({who})"
-            ) from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
+    with locked(run_dir / LOCK, f"run_dir {run_dir}: another process is training into it"):
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +26,17 @@ def _rows(mask: Tensor, like: Tensor) -> Tensor:
 
 @dataclass
 class BlockStreamingState(State):
-    """A stream's memory: the tensors are written in place and keep their storage."""
+    """A stream's memory: the tensors are written in place and keep their storage.
+
+    Attributes:
+        diverged: `[B]` bool, or None. If there, an update that is not finite is left out, and its
+            row marked here, for whoever runs the stream to deal with it. Evaluation has none: what
+            is not finite shall be seen there.
+    """
 
     memory: MemoryState
     module: HybridSeqModelingBlock
+    diverged: Tensor | None = None
 
     def reset(self, reset_mask: Tensor) -> None:
         """Put the rows of `reset_mask` [B] back to W0, at position 0."""
@@ -141,6 +149,11 @@ class HybridSeqModelingBlock(StreamingModule[BlockStreamingState], HasLanes):
             y, moved = self.memory(x, live, lengths, shared)
             with torch.no_grad():
                 map_tensors(lambda old, new: old.copy_(new), live, moved)
+        # on a CPU one number tells nearly always that there is nothing to leave out
+        if streaming.diverged is not None and not (y.is_cpu and math.isfinite(y.sum())):
+            ok = y.isfinite().all(-1, keepdim=True)
+            streaming.diverged |= mask & ~ok.all(1).view(-1)
+            y = torch.where(ok, y, 0)
         return self._said(y)
 
     @property

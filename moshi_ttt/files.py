@@ -1,12 +1,15 @@
-"""Files that appear whole or not at all, and the newest checkpoint of a folder of runs."""
+"""Files that appear whole or not at all, locks, and the newest checkpoint of a folder of runs."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from moshi_ttt.errors import UserError
 
@@ -53,6 +56,58 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
+
+@contextmanager
+def locked(path: Path, taken: str) -> Iterator[None]:
+    """Hold a lock, against other processes and within this one; a killed process lets go of it.
+
+    Args:
+        path: of a file that is there while the lock is held; a symbolic link is not followed.
+        taken: what it means that another holds it.
+
+    Raises:
+        UserError: another holds it: `taken`, and who it is; or it cannot be locked.
+    """
+    try:
+        file, who = _lock(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be locked: {error.strerror}") from error
+    with file:
+        if who is not None:
+            raise UserError(f"{taken} ({who})")
+        try:
+            yield
+        finally:
+            if _is_at(file, path):
+                path.unlink()
+
+
+def _lock(path: Path) -> tuple[BinaryIO, str | None]:
+    """The open file, and who has locked it if that is somebody else."""
+    while True:
+        file = open(path, "r+b", 0, opener=_not_through_a_link)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file, file.read().decode(errors="replace") or "unknown"
+        if _is_at(file, path):
+            with suppress(OSError):  # for others to read; a full disk is no reason not to lock
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return file, None
+        file.close()  # its last holder removed it between our open and our lock
+
+
+def _not_through_a_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:

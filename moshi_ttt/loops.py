@@ -1,12 +1,10 @@
-"""The two loops around the engine, a file's and a microphone's, and what they tell people."""
+"""The two loops around the engine, a file's and a microphone's, and what ends them."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,141 +17,72 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moshi_ttt.audio import SAMPLE_RATE, read_audio
-from moshi_ttt.engine import FRAME_MS, Engine, Frame, memory_norms
+from moshi_ttt.engine import Engine, Frame
 from moshi_ttt.errors import UserError
 from moshi_ttt.files import written_whole
-from moshi_ttt.findings import History, findings, table
-from moshi_ttt.monitor import Reading, to_json
-from moshi_ttt.sound import FRAME, SoundCard
+from moshi_ttt.frame_times import FRAME_MS
+from moshi_ttt.frames import FRAME
+from moshi_ttt.reporter import Reporter
+from moshi_ttt.sound import SoundCard, level_db, sound_running
+from moshi_ttt.terminal import pressed_keys
 
-STATS_SECONDS = 5.0
-SILENT_MIC_SECONDS = 5.0
+DEAD_SECONDS, WAIT_SECONDS = 5.0, 0.1  # of a device that has stopped; of one look at it
+
+
+ENDS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
 
 class Interrupts:
-    """Ctrl-C as a request: the frame at work is finished first. A second one insists."""
+    """Ctrl-C, SIGTERM and a closed terminal as a request: the frame at work is finished first.
+
+    Attributes:
+        asked: there was one.
+        insisted: a second Ctrl-C has broken off whatever was going on.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.insisted = False
+        self._terminals: list[int] = []
+        self._first = signal.SIGINT
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
+        if signum not in (signal.SIGINT, signal.SIGTERM):
+            self._terminal_gone()
+        if not self.asked:
+            self.asked, self._first = True, signal.Signals(signum)
+        elif signum == signal.SIGINT:  # `timeout` sends SIGTERM twice and means it once
+            self.insisted = True
+            raise KeyboardInterrupt(signal.SIGINT)
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if it was asked for."""
+        """Raise KeyboardInterrupt, with the signal, if it was asked for."""
         if self.asked:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(self._first)
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """Take Ctrl-C while the body runs."""
-        before = signal.signal(signal.SIGINT, self)
+        """Take them while the body runs; `nohup` has the last ignored, and so it stays."""
+        self._terminals = [file.fileno() for file in _open_files() if file.isatty()]
+        taken = [s for s in ENDS if s in ENDS[:2] or signal.getsignal(s) != signal.SIG_IGN]
+        before = {s: signal.signal(s, self) for s in taken}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def _terminal_gone(self) -> None:
+        """Writing to it would be an error, in the midst of saving what is to be kept."""
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for descriptor in self._terminals:
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)
 
 
-class Readings:
-    """What an engine's watcher is told: kept for the end, and written down line by line.
-
-    Args:
-        path: a JSONL file to make; a line is there as soon as its reading is. None writes nothing.
-    """
-
-    def __init__(self, path: str | None = None) -> None:
-        self.history = History()
-        self._file: TextIO | None = None if path is None else open(path, "w", buffering=1)
-
-    def __call__(self, reading: Reading) -> None:
-        """One more reading."""
-        self.history.add(reading)
-        if self._file is not None:
-            self._file.write(json.dumps(to_json(reading, "frame")) + "\n")
-
-    def latest(self) -> str:
-        """The last reading as a table; empty before the first."""
-        return table(self.history.readings[-1]) if self.history.readings else ""
-
-    def words(self) -> str:
-        """What all of them mean, a line each."""
-        if not self.history.readings:
-            return "memories: no reading, the stream was too short for one\n"
-        found = findings(self.history.readings)
-        if not found:
-            return "memories: nothing wrong was found\n"
-        return "".join(f"found: {line}\n" for line in found)
-
-    def close(self) -> None:
-        """End the file."""
-        if self._file is not None:
-            self._file.close()
-
-
-class Reporter:
-    """Prints text as it comes, and statistics at times and at the end.
-
-    Args:
-        engine: whose.
-        card: of a microphone.
-        often: every 5 seconds too.
-        readings: of the memories, if they are watched.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        card: SoundCard | None,
-        *,
-        often: bool,
-        readings: Readings | None = None,
-    ) -> None:
-        self.engine, self.card, self.often, self.readings = engine, card, often, readings
-        self._next = time.monotonic() + STATS_SECONDS
-
-    def frame(self, frame: Frame) -> None:
-        """Print a frame's text, and statistics when their time has come."""
-        piece = frame.text[0]
-        if piece:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        if self.often and time.monotonic() >= self._next:
-            self._next = time.monotonic() + STATS_SECONDS
-            if sys.stdout.isatty():
-                sys.stdout.write("\n")
-            self._statistics()
-
-    def end(self) -> None:
-        """End the line of text, and write the statistics to stderr, if there was anything."""
-        if not self.engine.times.count:
-            return
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-        self._statistics()
-        if self.readings is not None:
-            sys.stderr.write(self.readings.words())
-
-    def _statistics(self) -> None:
-        latest = "" if self.readings is None else self.readings.latest()
-        sys.stderr.write(statistics(self.engine, self.card) + latest)
-
-
-def statistics(engine: Engine, card: SoundCard | None = None) -> str:
-    """Times, losses and the memories' norms, for people."""
-    times = engine.times
-    p50, p95, p99 = times.percentiles()
-    lines = [
-        f"{times.count} frames ({times.count * FRAME_MS / 1000:.1f} s); "
-        f"ms per frame: p50 {p50:.1f}, p95 {p95:.1f}, p99 {p99:.1f} of {FRAME_MS:.0f}, "
-        f"{times.late} late; real-time factor {times.real_time_factor:.3f}",
-        card.report() if card else "0 frames dropped (a file waits)",
-    ]
-    norms = memory_norms(engine.lm)
-    lines += [f"memory {name}: |W - W0| = {norm:.4g}" for name, norm in norms.items()]
-    return "".join(f"{line}\n" for line in lines)
+def _open_files() -> list[TextIO]:
+    """The process's own, of those that it was started with."""
+    return [file for file in (sys.stdin, sys.stdout, sys.stderr) if file is not None]
 
 
 def user_channel(path: str, channel: str | None) -> Tensor:
@@ -206,23 +135,67 @@ def stream_file(
             check()
 
 
+def converse(
+    engine: Engine,
+    card: SoundCard,
+    reporter: Reporter,
+    each: Callable[[Frame], object],
+    stop: Callable[[], bool],
+) -> None:
+    """Talk through microphone and loudspeaker, and take the keys of the terminal, until `stop()`.
+
+    Args:
+        engine: of one row.
+        card: not yet running.
+        reporter: says how it begins.
+        each: called with every frame.
+        stop: asked before every frame.
+
+    Raises:
+        UserError: a device fails, or no longer brings or takes anything.
+    """
+    with sound_running(card) as buffers_ms, pressed_keys(sys.stdin) as pressed:
+        reporter.begin(buffers_ms, keys=pressed is not None)
+
+        def keys_and_stop() -> bool:
+            if pressed is not None and pressed().lower().count("m") % 2:
+                card.muted = not card.muted
+            return stop()
+
+        talk(engine, card, each, keys_and_stop)
+
+
 def talk(
     engine: Engine, card: SoundCard, each: Callable[[Frame], object], stop: Callable[[], bool]
 ) -> None:
     """Answer what the microphone brings, frame by frame, until `stop()`.
 
     Raises:
-        UserError: the microphone has brought nothing for 5 seconds.
+        UserError: the sound card has stopped, or the microphone has brought, or the loudspeaker
+            taken, nothing for 5 seconds.
     """
-    heard, last = np.zeros(FRAME, np.float32), time.monotonic()
-    while not stop():
-        if card.heard.get(heard, timeout=0.1):
-            last = time.monotonic()
+    heard, waits, played, kept = np.zeros(FRAME, np.float32), 0, card.played, 0
+    # Counted and not timed: a laptop that slept, or a process that was stopped, wakes up here.
+    try:
+        while not stop():
+            if card.stopped:
+                raise UserError("the sound card has stopped by itself: was it taken away?")
+            if not card.hear(heard, timeout=WAIT_SECONDS):
+                waits += 1
+                if waits * WAIT_SECONDS >= DEAD_SECONDS:
+                    raise UserError(f"the microphone has brought nothing for {DEAD_SECONDS:.0f} s")
+                continue
+            waits, before = 0, level_db(heard)
             said = engine.step(heard)
-            card.said.put(said.pcm[0].numpy())
+            pcm = said.pcm[0].numpy()
+            card.said.put(pcm)
+            card.levels_db = before, level_db(pcm)
             each(said)
-        elif time.monotonic() - last > SILENT_MIC_SECONDS:
-            raise UserError(f"the microphone has brought nothing for {SILENT_MIC_SECONDS:.0f} s")
+            kept, played = kept + 1 if card.played == played else 0, card.played
+            if kept * FRAME_MS >= 1000 * DEAD_SECONDS:
+                raise UserError(f"the loudspeaker has taken nothing for {DEAD_SECONDS:.0f} s")
+    finally:
+        card.ended = True
 
 
 def _int16(pcm: Tensor) -> np.ndarray[Any, Any]:

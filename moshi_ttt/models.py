@@ -1,9 +1,11 @@
-"""What there is to talk to: a checkpoint, a bare base, or the embedded default."""
+"""What there is to talk to: a checkpoint, a bare base, or the embedded default; and how."""
 
 from __future__ import annotations
 
+import argparse
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ from sentencepiece import SentencePieceProcessor
 
 from moshi_ttt.base import Base, find_base, load_base
 from moshi_ttt.checkpoint import load
+from moshi_ttt.engine import Sampling
 from moshi_ttt.errors import UserError
 from moshi_ttt.files import newest_checkpoint
 
 _NUMBERS_PER_THREAD = 1 << 25
 EMBEDDED_BASE = Path("data/tiny/base")
+_SAMPLING = tuple(f.name for f in fields(Sampling))
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -40,6 +44,48 @@ class Talker:
     tokenizer: SentencePieceProcessor
     gen_config: dict[str, Any]
     name: str
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options of a command line that talks: to what, where, and how tokens are drawn."""
+    p = parser
+    p.add_argument("--checkpoint", help="a checkpoint folder (the newest under runs/)")
+    p.add_argument("--base", help="a base folder or hub repository; alone: without a checkpoint")
+    p.add_argument("--device", help="cuda or cpu (cuda if there is one)")
+    p.add_argument("--threads", type=int, help="CPU threads (one per 32 M parameters)")
+    p.add_argument("--seed", type=int, help="of the sampling (0; a session brings its own)")
+    p.add_argument("--temp", type=float, help="temperature of the voice (0.8)")
+    p.add_argument("--temp-text", type=float, help="temperature of the text (0.7)")
+    p.add_argument("--top-k", type=int, help="most likely codes to draw from (250; 0: all)")
+    p.add_argument("--top-k-text", type=int, help="most likely text tokens (25; 0: all)")
+    p.add_argument("--greedy", action="store_true", default=None, help="no sampling")
+
+
+def check_model_options(args: argparse.Namespace) -> None:
+    """See that the options of `add_model_options` can be meant, before anything is loaded.
+
+    Raises:
+        UserError: a value out of range.
+    """
+    if args.threads is not None and args.threads < 1:
+        raise UserError(f"--threads must be at least 1, got {args.threads}")
+    sampling_of(args, {})
+
+
+def sampling_of(
+    args: argparse.Namespace, gen_config: Mapping[str, Any], session: Sampling | None = None
+) -> Sampling:
+    """The options' sampling; what they leave open is the session's, or else the base's.
+
+    Raises:
+        UserError: a value out of range.
+    """
+    start = session or Sampling(**{k: v for k, v in gen_config.items() if k in _SAMPLING})
+    given = {k: getattr(args, k) for k in _SAMPLING if getattr(args, k) is not None}
+    try:
+        return replace(start, **given)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def cpu_threads(lm: LMModel) -> int:

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -107,18 +108,36 @@ class CallMonitor:
         return Reading(at, {name: plain(values) for name, values in found.items() if values})
 
 
+@dataclass
+class _Look:
+    """One row's reading in the making.
+
+    Attributes:
+        before: layer name -> the row's state at the start of the period.
+        frames: what the row's memories read in it and what was said, once it is over.
+        values: of the layers that have been observed.
+    """
+
+    before: dict[str, MemoryState]
+    start: int
+    at: int = 0
+    frames: dict[str, tuple[Tensor, Tensor]] | None = None
+    values: dict[str, Values] = field(default_factory=dict)
+
+
 class StreamMonitor:
-    """Looks at a stream frame by frame, every so many frames.
+    """Looks at a stream frame by frame, at each row every so many frames.
 
     Attached before the first frame, so that what a frame notes is captured with it in a CUDA graph.
-    A reading takes one period (the frames to the next write): a copy of the states at its start,
-    the frames that follow from tensors that each frame writes in place. Then one layer is observed
-    after each frame, so that no frame is held up by all of them.
+    A row's reading takes one period (its frames from a write to the next): a copy of its states at
+    the start, the frames that follow from tensors that each frame writes in place. Then, after each
+    frame of the stream, one layer of one row is observed, so that no frame is held up by more,
+    however many rows there are.
 
     Args:
         model: streaming, all its memories with `persistent_states`.
         rows: B, of the stream.
-        every: frames between readings, at least.
+        every: frames between readings of a row, at least.
 
     Raises:
         ValueError: the model has no memory that keeps a state, or another monitor.
@@ -132,12 +151,9 @@ class StreamMonitor:
             name: StreamWatch(layer.seq_modeling_block.memory, rows, model.dtype)
             for name, layer in self._layers.items()
         }
-        self._every, self._due = every, 0
-        self._left: int | None = None
-        self._before: dict[str, MemoryState] = {}
-        self._taken: dict[str, tuple[Tensor, Tensor]] = {}
-        self._values: dict[str, Values] = {}
-        self._after, self._at = torch.zeros(0), 0
+        self._first = next(iter(self._layers))
+        self._every, self._due = every, [0] * rows
+        self._looks: dict[int, _Look] = {}  # by row, in the order in which they began
         self._attached = ExitStack()
         self._attached.enter_context(_watching(self._layers, self._watches))
 
@@ -145,48 +161,57 @@ class StreamMonitor:
         """Look no more."""
         self._attached.close()
 
+    def forget(self, mask: Tensor) -> None:
+        """Rows `[B]` whose states have been replaced: what was noted of them is not whole."""
+        for row in mask.nonzero().flatten().tolist():
+            self._looks.pop(row, None)
+
     def _state(self, name: str) -> MemoryState:
         streaming = self._layers[name].seq_modeling_block._streaming_state
         assert streaming is not None
         return streaming.memory
 
     @torch.no_grad()
-    def frame(self, at: int) -> Reading | None:
-        """After every frame of the stream, the `at`-th, outside of any graph: a reading, if done.
+    def frame(self, at: int) -> list[Reading | None]:
+        """After every frame of the stream, the `at`-th, outside of any graph.
 
-        Rows that did not take every frame of the period (paused, reset, loaded) are left out; a
-        reading without any row is NaN.
+        Returns:
+            For each row its reading, if one is done. A paused row's waits until it goes on.
         """
-        first = next(iter(self._layers))
-        if self._taken:
-            return self._observe_one()
-        if self._left is None:
-            places = self._watches[first].x.shape[1]
-            if at >= self._due and int(self._state(first).fast.pos[0]) % places == 0:
-                self._before = {
-                    n: map_tensors(lambda t: t.clone(), self._state(n)) for n in self._layers
-                }
-                self._left, self._due = places, at + self._every
-            return None
-        self._left -= 1
-        if self._left == 0:
-            self._taken = {n: w.since(self._before[n].fast.pos) for n, w in self._watches.items()}
-            self._after = self._state(first).fast.pos.clone()
-            self._left, self._at, self._values = None, at, {}
-        return None
+        found: list[Reading | None] = [None] * len(self._due)
+        for row, look in self._looks.items():
+            if look.frames is not None:
+                found[row] = self._observe_one(row, look)
+                break
+        places = self._watches[self._first].x.shape[1]
+        for row, pos in enumerate(self._state(self._first).fast.pos.tolist()):
+            look = self._looks.get(row)
+            if look is None:
+                if at >= self._due[row] and pos % places == 0:
+                    before = {n: _row(self._state(n), row) for n in self._layers}
+                    self._looks[row] = _Look(before, pos)
+                    self._due[row] = at + self._every
+            elif look.frames is None and pos == look.start + places:
+                watches = self._watches.items()
+                look.frames, look.at = {n: w.period_from(row, look.start) for n, w in watches}, at
+        if done := [row for row, reading in enumerate(found) if reading is not None]:
+            del self._looks[done[0]]
+        return found
 
-    def _observe_one(self) -> Reading | None:
-        name = next(iter(self._taken))
-        (x, sizes), layer = self._taken.pop(name), self._layers[name]
-        before, block = self._before.pop(name), layer.seq_modeling_block
-        all_of_it = self._after == before.fast.pos + x.shape[1]
-        lengths = torch.where(all_of_it, x.shape[1], 0)
-        found = observe(block.memory, x, before, layer.shared(x), lengths)
+    def _observe_one(self, row: int, look: _Look) -> Reading | None:
+        assert look.frames is not None
+        name = next(iter(look.frames))
+        (x, sizes), block = look.frames.pop(name), self._layers[name].seq_modeling_block
+        found = observe(block.memory, x, look.before.pop(name), self._layers[name].shared(x))
         found |= observe_gate(block.gate)
         for key, size in zip(("attention", "memory"), sizes.unbind(-1), strict=True):
-            found[key] = torch.where(all_of_it, size.mean(1), torch.nan).nanmean()
-        self._values[name] = plain(found)
-        return None if self._taken else Reading(self._at, self._values)
+            found[key] = size.mean()
+        look.values[name] = plain(found)
+        return None if look.frames else Reading(look.at, look.values)
+
+
+def _row(state: MemoryState, row: int) -> MemoryState:
+    return map_tensors(lambda t: t[row : row + 1].clone(), state)
 
 
 def plain(values: Mapping[str, Tensor]) -> Values:

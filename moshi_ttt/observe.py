@@ -220,13 +220,10 @@ class StreamWatch(Watch):
         place = self._place.expand(-1, 1, ring.shape[-1])
         ring.scatter_(1, place, torch.where(self._mask, row.to(ring), ring.gather(1, place)))
 
-    def since(self, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of `x` and `sizes`, the frames after those that stood at `pos` [B], in order."""
-        places = self.x.shape[1]
-        order = (pos.view(-1, 1) + torch.arange(places, device=pos.device)) % places
+    def period_from(self, row: int, pos: int) -> tuple[Tensor, Tensor]:
+        """Copies of a row's `x` and `sizes`, `[1, period, ...]`: the frames from `pos` on."""
         x, sizes = (
-            ring.gather(1, order.unsqueeze(-1).expand(-1, -1, ring.shape[-1]))
-            for ring in (self.x, self.sizes)
+            ring[row : row + 1].roll(-(pos % ring.shape[1]), 1) for ring in (self.x, self.sizes)
         )
         return x, sizes
 

@@ -7,46 +7,42 @@ filled with silence; Moshi's answer to it is cut off where the input ends. Frame
 lie side by side: what is at a time in the output is what Moshi said at that time of the input, and
 it had heard everything before. (Live, one frame, 80 ms, and the time it takes to compute go by
 between the two.) Of a stereo file the right channel is the user, as in training data.
+
+With the microphone, m at the keyboard mutes and unmutes, Ctrl-C ends; statistics say what was lost,
+and whether the microphone hears the loudspeaker.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from contextlib import ExitStack
-from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from moshi.models.lm import LMModel
 
-from moshi_ttt.engine import FRAME_MS, Engine, Sampling
+from moshi_ttt.devices import choose_sound, device_list
+from moshi_ttt.engine import Engine, Frame
 from moshi_ttt.errors import Parser, UserError, run_cli
 from moshi_ttt.files import check_writable
-from moshi_ttt.loops import (
-    STATS_SECONDS,
-    Interrupts,
-    Readings,
-    Reporter,
-    stream_file,
-    talk,
-    user_channel,
+from moshi_ttt.frame_times import FRAME_MS
+from moshi_ttt.kept import Kept, Person, check_name
+from moshi_ttt.loops import Interrupts, converse, stream_file, user_channel
+from moshi_ttt.models import (
+    add_model_options,
+    check_model_options,
+    choose_device,
+    cpu_threads,
+    open_talker,
+    sampling_of,
 )
-from moshi_ttt.models import choose_device, cpu_threads, open_talker
 from moshi_ttt.monitor import keeps_state
-from moshi_ttt.session import (
-    load_memory,
-    load_session,
-    require_memory,
-    save_memory,
-    save_session,
-    session_sampling,
-)
-from moshi_ttt.sound import SoundCard, check_sound, device_list, sound_running
-
-INTERRUPTED = 130
-_SAMPLING = tuple(f.name for f in fields(Sampling))
+from moshi_ttt.reporter import STATS_SECONDS, Readings, Reporter
+from moshi_ttt.saved_memory import load_memory, require_memory, save_memory
+from moshi_ttt.session import load_session, save_session, session_sampling
+from moshi_ttt.sound import SoundCard
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,16 +60,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--channel", choices=("left", "right"), help="user of a stereo file (right)")
     p.add_argument("--input-device", help="number, or part of the name")
     p.add_argument("--output-device", help="number, or part of the name")
-    p.add_argument("--checkpoint", help="a checkpoint folder (the newest under runs/)")
-    p.add_argument("--base", help="a base folder or hub repository; alone: without a checkpoint")
-    p.add_argument("--device", help="cuda or cpu (cuda if there is one)")
-    p.add_argument("--threads", type=int, help="CPU threads (one per 32 M parameters)")
-    p.add_argument("--seed", type=int, help="of the sampling (0, or that of the session)")
-    p.add_argument("--temp", type=float, help="temperature of the voice (0.8)")
-    p.add_argument("--temp-text", type=float, help="temperature of the text (0.7)")
-    p.add_argument("--top-k", type=int, help="most likely codes to draw from (250; 0: all)")
-    p.add_argument("--top-k-text", type=int, help="most likely text tokens (25; 0: all)")
-    p.add_argument("--greedy", action="store_true", default=None, help="no sampling")
+    p.add_argument("--muted", action="store_true", help="start with the microphone muted (key m)")
+    add_model_options(p)
     p.add_argument(
         "--stats", nargs="?", const="", metavar="FILE.jsonl",
         help="statistics, of the memories too, every 5 seconds; to a file as well if one is named",
@@ -82,7 +70,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--load-memory", help="start with such a memory")
     p.add_argument("--save-session", help="file for the whole conversation")
     p.add_argument("--load-session", help="go on with such a conversation, to the bit")
+    p.add_argument("--user", help="start with this person's memory; keep it every minute")
+    p.add_argument("--incognito", action="store_true", help="keep nothing, of --user neither")
+    p.add_argument("--memories", metavar="FOLDER", help="with --user: where memories are kept")
     args = p.parse_args(argv)
+    check_model_options(args)
     if args.file is not None:
         if args.out is None:
             raise UserError("--file needs --out")
@@ -92,12 +84,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             raise UserError(f"--out {args.out} would overwrite the file that is talked to")
     if args.file is None and (args.out is not None or args.channel is not None):
         raise UserError("--out and --channel go with --file")
-    if not args.mic and (args.input_device is not None or args.output_device is not None):
-        raise UserError("--input-device and --output-device go with --mic")
+    if not args.mic and (args.input_device, args.output_device, args.muted) != (None, None, False):
+        raise UserError("--input-device, --output-device and --muted go with --mic")
     if args.load_memory is not None and args.load_session is not None:
         raise UserError("--load-session brings its own memory: leave out --load-memory")
-    if args.threads is not None and args.threads < 1:
-        raise UserError(f"--threads must be at least 1, got {args.threads}")
+    _check_user(args)
     if args.stats and Path(args.stats).suffix.lower() != ".jsonl":
         raise UserError(f"--stats writes JSON lines: {args.stats} should end in .jsonl")
     for path in (args.out, args.save_memory, args.save_session, args.stats or None):
@@ -106,21 +97,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def sampling_of(args: argparse.Namespace, gen_config: dict[str, Any]) -> Sampling:
-    """The options' sampling; what they leave open is the session's, or else the base's.
-
-    Raises:
-        UserError: a value out of range.
-    """
+def _check_user(args: argparse.Namespace) -> None:
+    if args.incognito and (args.save_memory is not None or args.save_session is not None):
+        raise UserError("--incognito keeps nothing: leave out --save-memory and --save-session")
+    if args.user is None:
+        if args.memories is not None:
+            raise UserError("--memories goes with --user")
+        return
+    check_name(args.user)
     if args.load_session is not None:
-        start = session_sampling(args.load_session)
-    else:
-        start = Sampling(**{k: v for k, v in gen_config.items() if k in _SAMPLING})
-    given = {k: getattr(args, k) for k in _SAMPLING if getattr(args, k) is not None}
-    try:
-        return replace(start, **given)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError("--load-session brings its own memory: leave out --user")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -133,14 +119,25 @@ def run(args: argparse.Namespace) -> None:
     if args.list_devices:
         sys.stdout.write(device_list() + "\n")
         return
+    if args.user is None:
+        if args.incognito:
+            sys.stderr.write("incognito: nothing is kept\n")
+        _talk(args)
+        return
+    kept, new = Kept(args.memories), args.load_memory is not None
+    with Person(kept, args.user, incognito=args.incognito, new=new) as person:
+        _talk(args, person)
+
+
+def _talk(args: argparse.Namespace, person: Person | None = None) -> None:
     device = choose_device(args.device)
     pcm = None if args.file is None else user_channel(args.file, args.channel)
-    if args.mic:
-        check_sound(args.input_device, args.output_device)
+    sound = choose_sound(args.input_device, args.output_device) if args.mic else None
     talker = open_talker(args.checkpoint, args.base, device)
     sys.stderr.write(f"talking to {talker.name}, on {device}\n")
     torch.set_num_threads(args.threads or cpu_threads(talker.lm))
-    sampling = sampling_of(args, talker.gen_config)
+    session = None if args.load_session is None else session_sampling(args.load_session)
+    sampling = sampling_of(args, talker.gen_config, session)
     readings = _readings(args, talker.lm)
     with ExitStack() as stack:
         if readings is not None:
@@ -148,8 +145,8 @@ def run(args: argparse.Namespace) -> None:
         engine = stack.enter_context(
             Engine(
                 talker.lm, talker.mimi, talker.tokenizer,
-                sampling=sampling, seed=args.seed or 0, watcher=readings,
-                watch_every=round(STATS_SECONDS * 1000 / FRAME_MS),
+                sampling=sampling, seed=args.seed or 0,
+                watch_every=None if readings is None else round(STATS_SECONDS * 1000 / FRAME_MS),
             )
         )  # fmt: skip
         if args.load_session is not None:
@@ -160,23 +157,35 @@ def run(args: argparse.Namespace) -> None:
             load_memory(engine, args.load_memory)
         if args.save_memory is not None:
             require_memory(engine)
-        interrupts, card = Interrupts(), None if pcm is not None else SoundCard()
+        if person is not None:
+            person.begin(engine)
+        interrupts = Interrupts()
+        card = None if sound is None else SoundCard(*sound, muted=args.muted)
         reporter = Reporter(engine, card, often=args.stats is not None, readings=readings)
+
+        def each(frame: Frame) -> None:
+            reporter.frame(frame)
+            if person is not None:
+                person.frame()
+
         with interrupts.taken():
             try:
                 if card is None:
                     assert pcm is not None
-                    stream_file(engine, pcm, args.out, reporter.frame, interrupts.check)
+                    stream_file(engine, pcm, args.out, each, interrupts.check)
                 else:
-                    with sound_running(card, args.input_device, args.output_device):
-                        talk(engine, card, reporter.frame, lambda: interrupts.asked)
-            except UserError:  # the sound card failed: what was learned until then is kept
+                    converse(engine, card, reporter, each, lambda: interrupts.asked)
+            except UserError as error:  # the sound card failed: what was learned until then is kept
                 if card is not None and engine.times.count:
-                    _keep(engine, args)
+                    _keep_after(error, engine, args, person)
+                raise
+            except KeyboardInterrupt:
+                if person is not None and not interrupts.insisted:
+                    person.end()
                 raise
             finally:
                 reporter.end()
-        _keep(engine, args)
+            _keep(engine, args, person)
         interrupts.check()
 
 
@@ -185,29 +194,42 @@ def _readings(args: argparse.Namespace, lm: LMModel) -> Readings | None:
     if args.stats is None:
         return None
     if keeps_state(lm):
-        return Readings(args.stats or None)
+        return Readings(args.stats or None, live=args.mic)
     if args.stats:
         raise UserError(f"--stats {args.stats}: the model has no memory that keeps a state")
     return None
 
 
-def _keep(engine: Engine, args: argparse.Namespace) -> None:
-    for path, save in ((args.save_memory, save_memory), (args.save_session, save_session)):
-        if path is not None:
-            save(engine, path)
-            sys.stderr.write(f"saved {path}\n")
+def _keep(engine: Engine, args: argparse.Namespace, person: Person | None) -> None:
+    try:
+        for path, save in ((args.save_memory, save_memory), (args.save_session, save_session)):
+            if path is not None:
+                save(engine, path)
+                sys.stderr.write(f"saved {path}\n")
+    finally:
+        if person is not None:
+            person.end()
+
+
+def _keep_after(
+    error: UserError, engine: Engine, args: argparse.Namespace, person: Person | None
+) -> None:
+    try:
+        _keep(engine, args, person)
+    except UserError as another:
+        raise UserError(f"{error}; and {another}") from error
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line.
 
     Raises:
-        SystemExit: status 2 after a mistake of the user's, 130 after Ctrl-C.
+        SystemExit: status 2 after a mistake of the user's, 130 after Ctrl-C, 143 after SIGTERM.
     """
     try:
         run_cli(lambda: run(parse(argv)))
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        sys.exit(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
 
 
 if __name__ == "__main__":

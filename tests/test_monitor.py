@@ -252,13 +252,13 @@ def stream(lm, codes, frames_per_call=1, each=lambda t: None, rows=None):
 
 
 def monitored(lm, codes, every=1, each=lambda t: None):
-    """As `stream`, with a monitor: readings too."""
+    """As `stream`, with a monitor: readings too, a list a row. `each` says which rows it reset."""
     readings, looking = [], None
 
     def watch(t):
-        nonlocal looking
         readings.append(looking.frame(t))
-        each(t)
+        if (rows := each(t)) is not None:
+            looking.forget(torch.tensor(rows))
 
     with torch.no_grad(), lm.streaming(len(codes)):
         looking, outs = StreamMonitor(lm, len(codes), every), []
@@ -267,7 +267,8 @@ def monitored(lm, codes, every=1, each=lambda t: None):
             watch(t + 1)
         states = save_ttt_states(lm)
         looking.detach()
-    return torch.cat(outs, 2), states, [r for r in readings if r is not None]
+    rows = [[r for r in row if r is not None] for row in zip(*readings, strict=True)]
+    return torch.cat(outs, 2), states, rows
 
 
 @every_memory
@@ -283,42 +284,60 @@ def test_a_stream_does_not_notice_and_is_read_as_a_call_would_be(family, placeme
         kept = saved["streaming"]
         assert all(torch.equal(t, states2[name]["streaming"][k]) for k, t in kept.items())
     assert all(block.watch is None for block in ttt_blocks(lm).values())
-    # noted from the frame after the first full chunk on, and observed a layer a frame
-    assert [r.at for r in readings] == [2 * frames]
-    looking = CallMonitor(lm)
-    with looking.watching():
-        stream(lm, codes, frames, each=lambda t: looking.arm() if t == 1 else None)
-    expected = looking.reading(0)
-    for name, values in readings[0].layers.items():
-        for key, value in values.items():
-            other = torch.tensor(expected.layers[name][key])
-            assert torch.allclose(torch.tensor(value), other, 1e-3, 1e-5, equal_nan=True), key
+    # noted from the frame after the first full chunk on, and observed a layer of a row a frame
+    for own, alone in zip(readings, codes.split(1), strict=True):
+        assert [r.at for r in own] == [2 * frames]
+        looking = CallMonitor(lm)
+        with looking.watching():
+            second = {1: looking.arm}
+            stream(lm, alone, frames, each=lambda t, at=second: at.get(t, int)())
+        expected = looking.reading(0)
+        for name, values in own[0].layers.items():
+            for key, value in values.items():
+                other = torch.tensor(expected.layers[name][key])
+                assert torch.allclose(torch.tensor(value), other, 1e-3, 1e-5, equal_nan=True), key
 
 
-def test_a_row_that_was_reset_meanwhile_is_left_out():
+def test_a_row_that_was_reset_meanwhile_starts_its_reading_over():
     lm = hybrid("ttt_linear")
-    codes = codes_for(lm, 2, 16)
+    codes = codes_for(lm, 2, 24)
 
-    def reset(rows):
-        def at(t):
-            if t == 6:
-                lm.reset_streaming(torch.tensor(rows))
+    def reset(t):
+        if t == 6:
+            lm.reset_streaming(torch.tensor([False, True]))
+            return [False, True]
+        return None
 
-        return at
+    *_, whole = monitored(lm, codes, every=100)
+    *_, parted = monitored(lm, codes, every=3, each=reset)
+    *_, alone = monitored(lm, codes[:1], every=3)
+    assert [r.at for r in parted[0]] == [r.at for r in alone[0]] == [8, 16]
+    assert parted[0][0].layers[LAYER]["moved"] == pytest.approx(
+        whole[0][0].layers[LAYER]["moved"], rel=1e-4
+    )
+    assert [r.at for r in parted[1]] == [14, 22]  # from the write at 10 on
+    *_, anew = monitored(lm, codes[1:, :, 6:], every=3)
+    assert parted[1][0].layers[LAYER]["moved"] == pytest.approx(
+        anew[0][0].layers[LAYER]["moved"], rel=1e-4
+    )
 
-    *_, (whole,) = monitored(lm, codes, every=100)
-    *_, (first,) = monitored(lm, codes, every=100, each=reset([False, True]))
-    *_, (alone,) = monitored(lm, codes[:1], every=100)
-    *_, (none,) = monitored(lm, codes, every=100, each=reset([True, True]))
-    assert first.layers[LAYER]["moved"] == pytest.approx(alone.layers[LAYER]["moved"], rel=1e-4)
-    assert first.layers[LAYER]["moved"] != pytest.approx(whole.layers[LAYER]["moved"], rel=1e-4)
-    assert all(math.isnan(x) for x in none.layers[LAYER]["moved"])
-    assert math.isnan(none.layers[LAYER]["attention"])
+
+def test_a_paused_row_is_waited_for():
+    lm = hybrid("ttt_linear")
+    codes = codes_for(lm, 2, 24)
+
+    def pause(t):
+        if t in (6, 10):
+            lm.set_exec_mask(torch.tensor([True, t == 10]))
+
+    *_, readings = monitored(lm, codes, every=100, each=pause)
+    assert [r.at for r in readings[0]] == [8]
+    assert [r.at for r in readings[1]] == [12]
 
 
 def test_readings_come_as_often_as_asked():
     lm = hybrid("ttt_linear")
-    *_, readings = monitored(lm, codes_for(lm, 1, 60), every=20)
+    *_, (readings,) = monitored(lm, codes_for(lm, 1, 60), every=20)
     assert [r.at for r in readings] == [8, 28, 48]
 
 

@@ -12,14 +12,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from moshi_ttt import session
+from moshi_ttt import session, state_file
 from moshi_ttt.base import find_base
 from moshi_ttt.checkpoint import save_checkpoint
 from moshi_ttt.engine import Engine, Sampling, memory_norms
 from moshi_ttt.errors import UserError
 from moshi_ttt.hybrid import unsplice
 from moshi_ttt.memory import MEMORIES
-from moshi_ttt.session import load_memory, load_session, save_memory, save_session
+from moshi_ttt.saved_memory import load_memory, save_memory
+from moshi_ttt.session import load_session, save_session
 from moshi_ttt.states import save_ttt_states
 from moshi_ttt.stream import main
 from tests.small import small_base, small_hybrid, small_lm, small_mimi, small_tokenizer
@@ -43,7 +44,7 @@ def noise(frames, rows=1):
 
 
 def run(engine, frames):
-    said = [(f.pcm.clone(), f.tokens) for f in map(engine.step, frames)]
+    said = [(f.pcm.clone(), f.tokens.clone()) for f in map(engine.step, frames)]
     return torch.cat([pcm for pcm, _ in said], 1), torch.stack([t for _, t in said], 2)
 
 
@@ -180,7 +181,7 @@ OTHERS = {
     "family": (lambda: hybrid(memory="ttt_linear"), {}, "memory 'ttt_mlp', not 'ttt_linear'"),
     "base": (lambda: hybrid(seed=1), {}, "belongs to another base model"),
     "weights": (retrained, {}, "belongs to another checkpoint of this base"),
-    "rows": (hybrid, {"rows": 2}, r"rows 1, here it is 2|shape \(1, "),
+    "rows": (hybrid, {"rows": 2}, "rows 1, here it is 2"),
     "none": (stock, {}, "has no memory|the other has none"),
 }
 
@@ -195,8 +196,10 @@ def saved(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["session", "memory"])
-@pytest.mark.parametrize("other", OTHERS)
+REFUSED = [(o, k) for o in OTHERS for k in ("session", "memory") if (o, k) != ("rows", "memory")]
+
+
+@pytest.mark.parametrize(("other", "kind"), REFUSED)
 def test_another_model_is_refused_with_the_reason(saved, kind, other):
     build, options, words = OTHERS[other]
     load = {"session": load_session, "memory": load_memory}[kind]
@@ -212,7 +215,7 @@ def test_another_model_is_refused_with_the_reason(saved, kind, other):
     ("save", "load"), [(save_session, load_session), (save_memory, load_memory)]
 )
 def test_a_file_older_than_a_key_means_its_default(save, load, tmp_path, monkeypatch):
-    right, path = session._config, tmp_path / "older"
+    right, path = state_file._config, tmp_path / "older"
 
     def older(engine):
         return {k: v for k, v in right(engine).items() if k not in ("write_every", "writing")}
@@ -220,7 +223,7 @@ def test_a_file_older_than_a_key_means_its_default(save, load, tmp_path, monkeyp
     with engine_for() as engine:
         run(engine, noise(6))
         with monkeypatch.context() as patch:
-            patch.setattr(session, "_config", older)
+            patch.setattr(state_file, "_config", older)
             save(engine, path)
         load(engine, path)
     with engine_for(hybrid(write_every=2)) as engine:

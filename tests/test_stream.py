@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import sys
-import threading
 import types
 
 import numpy as np
@@ -15,16 +13,18 @@ import torch
 from moshi.run_inference import InferenceState
 from safetensors.torch import save_file
 
-from moshi_ttt import loops, sound
+from moshi_ttt import loops
 from moshi_ttt.base import find_base
 from moshi_ttt.checkpoint import save_checkpoint
 from moshi_ttt.codec import encode_recording
-from moshi_ttt.engine import Engine, FrameTimes, Sampling, memory_norms
+from moshi_ttt.engine import Engine, Sampling, memory_norms
 from moshi_ttt.errors import UserError
 from moshi_ttt.files import newest_checkpoint, written_whole
-from moshi_ttt.loops import statistics, stream_file, talk
+from moshi_ttt.frame_times import FrameTimes
+from moshi_ttt.frames import FRAME, FrameRing
+from moshi_ttt.loops import stream_file
+from moshi_ttt.reporter import statistics
 from moshi_ttt.ring import widen_kv_rings
-from moshi_ttt.sound import FRAME, FrameRing, SoundCard
 from moshi_ttt.stream import main
 from tests.small import small_base, small_hybrid, small_lm, small_mimi, small_tokenizer
 
@@ -46,7 +46,7 @@ def noise(frames, rows=1, seed=0):
 
 def run(engine, frames):
     """Voice [B, T * 1920], texts and tokens [B, 9, T]."""
-    said = [(f.pcm.clone(), f.text, f.tokens) for f in map(engine.step, frames)]
+    said = [(f.pcm.clone(), f.text, f.tokens.clone()) for f in map(engine.step, frames)]
     pcm, text, tokens = zip(*said, strict=True)
     return torch.cat(pcm, 1), list(text), torch.stack(tokens, 2)
 
@@ -114,12 +114,14 @@ def test_a_row_starts_anew_and_the_other_does_not_notice():
         whole, _, tokens = run(engine, frames)
     with engine_for(lm, sampling=Sampling(greedy=True), rows=2) as engine:
         run(engine, frames[:7])
-        engine.reset(torch.tensor([False, True]))
-        later, _, later_tokens = run(engine, torch.cat([frames[7:, :1], frames[:13, 1:]], 1))
+        engine.start(np.array([False, True]))
+        anew = torch.cat([frames[:1, 1:], frames[:12, 1:]])  # nobody hears the first
+        later, _, later_tokens = run(engine, torch.cat([frames[7:, :1], anew], 1))
     assert torch.equal(later[0], whole[0, 7 * FRAME :])
     assert torch.equal(later_tokens[0], tokens[0, :, 7:])
-    assert torch.equal(later[1], whole[1, : 13 * FRAME])
-    assert torch.equal(later_tokens[1], tokens[1, :, :13])
+    assert not later[1, :FRAME].any()
+    assert torch.equal(later[1, FRAME:], whole[1, : 12 * FRAME])
+    assert torch.equal(later_tokens[1, :, 1:], tokens[1, :, :12])
 
 
 def test_a_closed_engine_leaves_the_models_as_they_were():
@@ -254,9 +256,7 @@ def test_without_a_name_it_says_what_it_talks_to(talking, tmp_path, capsys, monk
     assert "the embedded base data/tiny/base, untrained" in capsys.readouterr().err
 
 
-# -- the sound card -------------------------------------------------------------------------------
-
-STATUS = types.SimpleNamespace(input_overflow=False, output_underflow=False)
+# -- queues and signals ----------------------------------------------------------------------------
 
 
 def test_a_full_queue_loses_its_oldest():
@@ -267,127 +267,6 @@ def test_a_full_queue_loses_its_oldest():
     assert ring.dropped == 2
     assert [ring.get(out) and out[0] for _ in range(3)] == [2, 3, 4]
     assert not ring.get(out)
-
-
-def test_the_card_cuts_any_block_into_frames_and_counts_what_is_lost():
-    card, samples = SoundCard(), np.arange(10 * FRAME, dtype=np.float32)[:, None]
-    for block in np.split(samples, range(700, len(samples), 700)):
-        card.on_input(block, len(block), None, STATUS)
-    heard = np.zeros(FRAME, np.float32)
-    assert card.heard.dropped == 2
-    for i in range(2, 10):
-        assert card.heard.get(heard)
-        assert np.array_equal(heard, samples[i * FRAME : (i + 1) * FRAME, 0])
-    played = np.ones((1000, 1), np.float32)
-    card.on_output(played, 1000, None, STATUS)
-    assert not played.any()
-    assert card.gaps == 0  # Moshi has not begun
-    card.said.put(np.full(FRAME, 3, np.float32))
-    for gaps, left in ((0, 1000), (1, 920), (2, 0)):
-        card.on_output(played, 1000, None, STATUS)
-        assert card.gaps == gaps
-        assert (played[:left] == 1).all()  # beyond full scale is cut off
-        assert not played[left:].any()
-    card.on_input(samples[:1], 1, None, types.SimpleNamespace(input_overflow=True))
-    assert "2 frames dropped; loudspeaker: 2 gaps, 0 frames dropped; lost by the sound card: 1" in (
-        card.report()
-    )
-
-
-def test_a_microphone_that_is_silent_for_ever_is_an_error(monkeypatch):
-    monkeypatch.setattr(loops, "SILENT_MIC_SECONDS", 0.01)
-    with engine_for() as engine, pytest.raises(UserError, match="has brought nothing"):
-        talk(engine, SoundCard(), lambda frame: None, lambda: False)
-
-
-class FakeSoundDevice(types.ModuleType):
-    """PortAudio's streams, their callbacks called by hand; the model behind them is real.
-
-    The microphone brings 12 frames at once (4 too many); the loudspeaker asks for more than it gets
-    and then presses Ctrl-C.
-    """
-
-    class PortAudioError(Exception):
-        pass
-
-    def __init__(self, error=None):
-        super().__init__("sounddevice")
-        self.error, self.played, self.threads = error, [], []
-
-    def query_devices(self):
-        return []
-
-    def check_input_settings(self, **_):
-        if self.error:
-            raise self.error
-
-    def check_output_settings(self, **_):
-        pass
-
-    def InputStream(self, callback, **_):
-        return self._stream(lambda: callback(noise(12).view(-1, 1).numpy(), 12 * FRAME, 0, STATUS))
-
-    def OutputStream(self, callback, **_):
-        def listen():
-            block = np.zeros((FRAME, 1), np.float32)
-            while len(self.played) < 8:
-                callback(block, FRAME, 0, STATUS)
-                if block.any():
-                    self.played.append(block.copy())
-            callback(block, FRAME, 0, STATUS)
-            os.kill(os.getpid(), signal.SIGINT)
-
-        thread = threading.Thread(target=listen)
-        self.threads.append(thread)
-        return self._stream(thread.start)
-
-    def _stream(self, start):
-        class Stream:
-            def __enter__(self):
-                start()
-
-            def __exit__(self, *_):
-                pass
-
-        return Stream()
-
-
-def test_a_talk_by_microphone_ends_with_its_statistics(talking, tmp_path, capsys, monkeypatch):
-    fake = FakeSoundDevice()
-    monkeypatch.setitem(sys.modules, "sounddevice", fake)
-    kept = tmp_path / "kept.safetensors"
-    with pytest.raises(SystemExit) as left:
-        main(["--mic", "--checkpoint", talking.checkpoint, "--save-memory", str(kept)])
-    fake.threads[0].join()
-    assert left.value.code == 130
-    err = capsys.readouterr().err
-    assert "microphone: 4 frames dropped" in err
-    assert "8 frames (0.6 s)" in err
-    gaps = int(err.partition("loudspeaker: ")[2].partition(" gaps")[0])
-    assert gaps >= 1
-    assert kept.is_file()
-    with engine_for(seed=0) as engine:
-        wanted, _, _ = run(engine, noise(12)[4:])
-    assert np.array_equal(np.concatenate(fake.played)[:, 0], wanted[0].numpy())
-
-
-def test_what_was_learned_before_the_sound_card_failed_is_kept(
-    talking, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setitem(sys.modules, "sounddevice", FakeSoundDevice())
-    monkeypatch.setattr(FakeSoundDevice, "OutputStream", lambda self, **_: self._stream(list))
-    monkeypatch.setattr(loops, "SILENT_MIC_SECONDS", 0.5)
-    monkeypatch.setattr(loops, "STATS_SECONDS", 0.0)
-    kept = tmp_path / "kept"
-    argv = ["--mic", "--stats", "--checkpoint", talking.checkpoint, "--save-memory", str(kept)]
-    with pytest.raises(SystemExit) as left:
-        main(argv)
-    assert left.value.code == 2
-    err = capsys.readouterr().err
-    assert "error: the microphone has brought nothing" in err
-    assert err.count("ms per frame") == 9  # after each frame, and at the end
-    assert "4 frames dropped; lost" in err  # nobody listened
-    assert kept.is_file()
 
 
 def test_the_second_ctrl_c_insists():
@@ -401,14 +280,6 @@ def test_the_second_ctrl_c_insists():
     with pytest.raises(KeyboardInterrupt):
         interrupts.check()
     assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_devices_are_listed(capsys, monkeypatch):
-    fake = FakeSoundDevice()
-    fake.query_devices = lambda: ["> 0 a microphone"]
-    monkeypatch.setitem(sys.modules, "sounddevice", fake)
-    main(["--list-devices"])
-    assert "a microphone" in capsys.readouterr().out
 
 
 # -- mistakes -------------------------------------------------------------------------------------
@@ -501,37 +372,6 @@ def test_a_half_duplex_model_is_refused():
         engine_for(lm)
 
 
-class NoPortAudio:
-    """An import of sounddevice where PortAudio is missing."""
-
-    def find_spec(self, name, *_):
-        if name == "sounddevice":
-            raise OSError("PortAudio library not found")
-
-
-@pytest.mark.parametrize("option", ["--mic", "--list-devices"])
-def test_without_portaudio_it_says_what_to_install(capsys, monkeypatch, option):
-    monkeypatch.delitem(sys.modules, "sounddevice", raising=False)
-    monkeypatch.setattr(sys, "meta_path", [NoPortAudio(), *sys.meta_path])
-    assert "apt-get install libportaudio2" in refused(capsys, option)
-
-
-@pytest.mark.parametrize(
-    "error", [FakeSoundDevice.PortAudioError("Error querying device -1"), ValueError("no such one")]
-)
-def test_without_a_device_it_is_one_line(talking, capsys, monkeypatch, tmp_path, error):
-    monkeypatch.setitem(sys.modules, "sounddevice", FakeSoundDevice(error))
-    assert "no audio device" in refused(capsys, "--list-devices")
-    kept = tmp_path / "kept"
-    said = refused(capsys, "--mic", "--checkpoint", talking.checkpoint, "--save-memory", str(kept))
-    assert f"no audio device to use: {error}" in said
-    assert not kept.exists()
-
-
-def test_devices_go_by_number_or_name():
-    assert [sound._device(name) for name in (None, "3", "USB")] == [None, 3, "USB"]
-
-
 def test_help_needs_no_model(capsys):
     with pytest.raises(SystemExit) as left:
         main(["--help"])
@@ -595,13 +435,13 @@ def test_what_a_memory_has_wrong_is_said_at_the_end(talking, tmp_path, capsys):
 
 def test_the_engine_is_watched_from_its_own_frames_on():
     readings = []
-    with engine_for(watcher=readings.append, watch_every=8) as engine:
+    with engine_for(watch_every=8) as engine:
         for frame in noise(30):
-            engine.step(frame)
+            readings += engine.step(frame).readings
         assert engine.lm.transformer.layers[0].seq_modeling_block.watch is not None
-    assert [r.at for r in readings] == [7, 15, 23]
+    assert [r.at for r in readings if r is not None] == [7, 15, 23]
     assert engine.lm.transformer.layers[0].seq_modeling_block.watch is None
     stock = small_lm(text_card=CARD).eval()
     with pytest.raises(ValueError, match="nothing to monitor"):
-        engine_for(stock, watcher=readings.append)
+        engine_for(stock, watch_every=8)
     assert not stock.is_streaming

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from eval.generate.voices import Voices
 from eval.modes import fast_norms, writing_off
-from moshi_ttt.engine import Engine, FrameTimes, Sampling
+from moshi_ttt.engine import Engine, Sampling
+from moshi_ttt.frame_times import FrameTimes
 from moshi_ttt.hybrid import HybridLMModel
 from moshi_ttt.states import preserved_ttt_states, reset_ttt_states, ttt_blocks
 

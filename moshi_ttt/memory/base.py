@@ -265,7 +265,8 @@ class Memory(nn.Module):
             conv = torch.where(exec_mask.view(-1, 1, 1), conv, state.conv)
         state.conv.copy_(conv)
         o = o.squeeze(2)
-        rms = (o * o).mean(-1, keepdim=True).add_(EPS).rsqrt_()
+        norm = torch.linalg.vector_norm(o, dim=-1, keepdim=True)
+        rms = norm.square_().mul_(1 / self.head_dim).add_(EPS).rsqrt_()
         o = (o * rms).mul_(cast(self.out_scale, dtype))
         factor = self.output_gate(rates)
         if factor is not None:

@@ -38,6 +38,7 @@ class TTT(Memory):
         """The part of the op's parameters that both have."""
         decay = None
         if self.decay_logit is not None:  # it is part of a write
-            decay = torch.sigmoid(full(self.decay_logit)) * (1.0 if self.writes() else 0.0)
+            decay = torch.sigmoid(full(self.decay_logit))
+            decay = decay if self.writes() else 0.0 * decay
         slow = (full(x) for x in (self.gamma, self.beta, self.delta))
         return *slow, decay, self.config.options["write_every"]

@@ -27,8 +27,9 @@ from eval.generate.report import verdict
 from eval.generate.running import Plan, Run, entropy_of, run_free
 from moshi_ttt.base import find_base, load_base
 from moshi_ttt.checkpoint import load, save_checkpoint
-from moshi_ttt.engine import Engine, FrameTimes, Sampling
+from moshi_ttt.engine import Engine, Sampling
 from moshi_ttt.errors import run_cli
+from moshi_ttt.frame_times import FrameTimes
 from moshi_ttt.lora import add_lora
 from moshi_ttt.states import attach_ttt_states, save_ttt_states
 from tests.small import (

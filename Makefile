@@ -6,7 +6,7 @@ NPROC ?= 1
 PY := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup finetune report eval stream bench gpu-check check test slow coverage clean
+.PHONY: help setup finetune report eval stream serve bench gpu-check check test slow coverage clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -42,6 +42,9 @@ eval: setup  ## score the newest checkpoint on the held-out recordings; ARGS="--
 
 stream: setup  ## talk to the newest checkpoint; ARGS="--file in.wav --out out.wav", or --mic
 	@$(PY) -m moshi_ttt.stream $(ARGS)
+
+serve: setup  ## talk to it in the browser, many at once; ARGS="--max-sessions 4"
+	@$(PY) -m moshi_ttt.serve $(ARGS)
 
 bench: setup  ## time the memories' ops against their baselines
 	@$(PY) -m eval.bench.ops $(ARGS)

@@ -1,0 +1,1 @@
+"""A host of conversations on the web: Moshi's websocket, the page, health, metrics, memories."""

@@ -235,6 +235,7 @@ class Engine:
         state = self.gen._streaming_state
         assert state is not None
         self.starting[mask] = (state.offsets == 0).cpu().numpy()[mask]
+        self.diverged[mask] = 0
         self._masks.clear()
         self._changed(mask)
 

@@ -29,6 +29,7 @@ from moshi_ttt.saved_memory import SavedMemory, check_memory, put_memory, take_m
 HEARD_FRAMES, SAID_FRAMES = 8, 25
 """640 ms wait to be heard at most, 2 s to be taken."""
 TEXT_PIECES = 1000
+COMMANDS_SECONDS = 0.01  # from one step to the next, and one command more: frames go before
 EXPECTED_SECONDS = 0.16  # a row whose last frame came longer ago is not waited for
 
 T = TypeVar("T")
@@ -73,10 +74,11 @@ class Conversation:
 
     def hear(self, frame: Samples) -> None:
         """Bring a frame, `[1920]` float32; at once. While paused or over, nobody hears it."""
-        if self.over is None and not self._paused:
-            self._heard.put(frame)
-            self._last = time.monotonic()
-            self._host._wake()
+        with self._host._changed:
+            if self.over is None and not self._paused:
+                self._heard.put(frame)
+                self._last = time.monotonic()
+                self._host._changed.notify()
 
     def said(self) -> tuple[Samples, str] | None:
         """The next frame that Moshi said, with the text since the last one; None if none is there.
@@ -98,10 +100,11 @@ class Conversation:
 
     @paused.setter
     def paused(self, value: bool) -> None:
-        self._paused = value
-        if value:
-            self._heard.clear()
-        self._host._wake()
+        with self._host._changed:
+            self._paused = value
+            if value:
+                self._heard.clear()
+            self._host._changed.notify()
 
     def restart(self) -> None:
         """Start anew, memories at W0; what is heard from now on is the new one's."""
@@ -118,17 +121,19 @@ class Conversation:
             with host._changed:
                 self._starts -= 1
 
-        self._heard.clear()  # it was said to the one before
         with host._changed:
+            self._heard.clear()  # it was said to the one before
             self._starts += 1
-        host._do(start)
+            host._do(start)
 
     def take_memory(self) -> Future[SavedMemory]:
         """Copy what its memories have learned, between two frames; `close` may follow at once.
 
-        The future fails with `UserError` where the model has no memory that keeps a state.
+        The future fails with `UserError` where the model has no memory that keeps a state, and
+        once the conversation is over: its row may be another's.
         """
-        return self._host._do(lambda: take_memory(self._host.engine, self.row))
+        with self._host._changed:
+            return self._host._do(lambda: take_memory(self._host.engine, self.row), self.over)
 
     def close(self, why: str = "it was closed") -> None:
         """End it; its row is free at once."""
@@ -227,12 +232,14 @@ class Host:
     @property
     def dropped_heard(self) -> int:
         """Frames of all conversations so far that came faster than they were answered."""
-        return self._lost_heard + sum(c.dropped_heard for c in self._open())
+        with self._changed:
+            return self._lost_heard + sum(c.dropped_heard for c in self._conversations.values())
 
     @property
     def dropped_said(self) -> int:
         """Frames of all conversations so far that nobody took in time."""
-        return self._lost_said + sum(c.dropped_said for c in self._open())
+        with self._changed:
+            return self._lost_said + sum(c.dropped_said for c in self._conversations.values())
 
     def _open(self) -> list[Conversation]:
         with self._changed:
@@ -240,12 +247,11 @@ class Host:
 
     # -- asked by any thread ---------------------------------------------------------------------
 
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify()
+    def _do(self, command: Callable[[], T], over: str | None = None) -> Future[T]:
+        """Have the engine's thread do something between two frames, in the order it was asked.
 
-    def _do(self, command: Callable[[], T]) -> Future[T]:
-        """Have the engine's thread do something between two frames, in the order it was asked."""
+        Unless it is `over` for who asks: then the future fails with that.
+        """
         future: Future[T] = Future()
 
         def run() -> None:
@@ -257,8 +263,9 @@ class Host:
                 future.set_exception(error)
 
         with self._changed:
-            if self.failed is not None or self._stopping:
-                future.set_exception(UserError(self.failed or "the server is stopping"))
+            why = self.failed or over or ("the server is stopping" if self._stopping else None)
+            if why is not None:
+                future.set_exception(UserError(why))
             else:
                 self._commands.append((future, run))
                 self._changed.notify()
@@ -286,17 +293,19 @@ class Host:
             torch.cuda.set_device(self.engine.device)
         try:
             while self._wait():
-                while self._commands:
+                until = time.monotonic() + COMMANDS_SECONDS
+                while self._commands and time.monotonic() < until:
                     self._commands[0][1]()
                     self._commands.popleft()
-                self._step()
+                if self._due():
+                    self._step()
         except BaseException as error:  # whatever it was: nobody may go on waiting for answers
             with self._changed:
                 self.error, self.failed = error, f"the engine has failed: {type(error).__name__}"
-            self._end_all(self.failed)
             for future, _ in self._commands:
-                if not future.done():
+                if future.running() or future.set_running_or_notify_cancel():
                     future.set_exception(UserError(self.failed))
+            self._end_all(self.failed)
             self._on_failure()
 
     def _wait(self) -> bool:
@@ -312,13 +321,22 @@ class Host:
                     return True
                 self._changed.wait(seconds)
 
+    def _due(self) -> bool:
+        with self._changed:
+            seconds = self._seconds_to_wait()
+        return seconds is not None and seconds <= 0
+
     def _seconds_to_wait(self) -> float | None:
         """Until the next step is due; None if nothing waits for one."""
         came: list[float] = []
         expected = False
         now = time.monotonic()
         for c in self._conversations.values():
-            oldest = now if self.engine.starting[c.row] else c._heard.oldest()
+            if c._starts:
+                continue
+            if self.engine.starting[c.row]:
+                return 0.0  # nobody shall wait for a conversation to begin
+            oldest = c._heard.oldest()
             if oldest is not None:
                 came.append(oldest)
             elif not c._paused and now - c._last < EXPECTED_SECONDS:
@@ -333,10 +351,10 @@ class Host:
     def _step(self) -> None:
         with self._changed:
             conversations = list(self._conversations.values())
-        self._mask[:] = False
-        for c in conversations:
-            ready = not (self.engine.starting[c.row] or c._starts or c._paused)
-            self._mask[c.row] = ready and c._heard.get(self._pcm[c.row])
+            self._mask[:] = False
+            for c in conversations:  # a restart comes before or after its row's frame is taken
+                ready = not (self.engine.starting[c.row] or c._starts or c._paused)
+                self._mask[c.row] = ready and c._heard.get(self._pcm[c.row])
         if not self._mask.any() and not self.engine.starting.any():
             return
         frame = self.engine.step(self._pcm, self._mask)

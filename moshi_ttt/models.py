@@ -22,6 +22,7 @@ from moshi_ttt.errors import UserError
 from moshi_ttt.files import newest_checkpoint
 
 _NUMBERS_PER_THREAD = 1 << 25
+_SEEDS = 1 << 63
 EMBEDDED_BASE = Path("data/tiny/base")
 _SAMPLING = tuple(f.name for f in fields(Sampling))
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -69,6 +70,8 @@ def check_model_options(args: argparse.Namespace) -> None:
     """
     if args.threads is not None and args.threads < 1:
         raise UserError(f"--threads must be at least 1, got {args.threads}")
+    if args.seed is not None and not 0 <= args.seed < _SEEDS:
+        raise UserError(f"--seed must be 0 to {_SEEDS - 1}, got {args.seed}")
     sampling_of(args, {})
 
 
@@ -102,6 +105,8 @@ def choose_device(name: str | None) -> torch.device:
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cuda", "cpu"):
+            raise RuntimeError(f"{device.type} is known to torch, and not to Moshi")
     except RuntimeError as error:
         raise UserError(f"device {name!r} is unknown; choose cuda, cuda:1, ... or cpu") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -162,9 +162,10 @@ class StreamMonitor:
         self._attached.close()
 
     def forget(self, mask: Tensor) -> None:
-        """Rows `[B]` whose states have been replaced: what was noted of them is not whole."""
+        """Rows `[B]` whose states have been replaced: their readings begin anew, and at once."""
         for row in mask.nonzero().flatten().tolist():
             self._looks.pop(row, None)
+            self._due[row] = 0
 
     def _state(self, name: str) -> MemoryState:
         streaming = self._layers[name].seq_modeling_block._streaming_state
@@ -192,8 +193,10 @@ class StreamMonitor:
                     self._looks[row] = _Look(before, pos)
                     self._due[row] = at + self._every
             elif look.frames is None and pos == look.start + places:
+                # a memory that has started over stands elsewhere than the first
+                starts = {n: int(state.fast.pos) for n, state in look.before.items()}
                 watches = self._watches.items()
-                look.frames, look.at = {n: w.period_from(row, look.start) for n, w in watches}, at
+                look.frames, look.at = {n: w.period_from(row, starts[n]) for n, w in watches}, at
         if done := [row for row, reading in enumerate(found) if reading is not None]:
             del self._looks[done[0]]
         return found

@@ -8,6 +8,7 @@ import time
 from typing import TextIO
 
 from moshi_ttt.engine import Engine, Frame, memory_norms
+from moshi_ttt.errors import UserError
 from moshi_ttt.findings import History, findings, table
 from moshi_ttt.frame_times import FRAME_MS
 from moshi_ttt.monitor import Reading, to_json
@@ -25,11 +26,17 @@ class Readings:
     Args:
         path: a JSONL file to make; a line is there as soon as its reading is. None writes nothing.
         live: never wait for the file.
+
+    Raises:
+        UserError: the file cannot be made.
     """
 
     def __init__(self, path: str | None = None, *, live: bool = False) -> None:
         self.history = History()
-        self._file: TextIO | None = None if path is None else open(path, "w", buffering=1)
+        try:
+            self._file: TextIO | None = None if path is None else open(path, "w", buffering=1)
+        except OSError as error:
+            raise UserError(f"--stats {path}: {error.strerror}") from error
         self._outlet = Outlet(self._file) if live and self._file is not None else None
 
     def __call__(self, reading: Reading) -> None:

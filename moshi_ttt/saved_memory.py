@@ -18,6 +18,7 @@ from moshi_ttt.state_file import about_model, check_model, kind_of, read, write
 from moshi_ttt.states import ttt_blocks
 
 MEMORY = "memory"
+_POSITION = "/fast.pos"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class SavedMemory:
     @property
     def frames(self) -> int:
         """Frames it has lived through, over all conversations; 80 ms each."""
-        lived = [int(t) for name, t in self.tensors.items() if name.endswith("/fast.pos")]
+        lived = [int(t) for name, t in self.tensors.items() if name.endswith(_POSITION)]
         return max(lived, default=0)
 
     def write(self, path: str | os.PathLike[str]) -> None:
@@ -61,7 +62,7 @@ def take_memory(engine: Engine, row: int = 0) -> SavedMemory:
         UserError: the model has no memory, or one that keeps nothing.
     """
     require_memory(engine)
-    tensors = {name: t.detach().cpu().clone() for name, t in _memory(engine, row).items()}
+    tensors = {name: t.detach().to("cpu", copy=True) for name, t in _memory(engine, row).items()}
     return SavedMemory(tensors, about_model(engine) | {"rows": 1})
 
 
@@ -84,7 +85,7 @@ def check_memory(engine: Engine, saved: SavedMemory, name: object = "the memory"
         raise UserError(f"{name}: {differ[0]} is not in both the memory and the model's state")
     for key, tensor in like.items():
         there = saved.tensors[key]
-        if there.shape != tensor.shape:
+        if (there.shape, there.dtype) != (tensor.shape, tensor.dtype):
             raise UserError(f"{name}: {key} was saved as {kind_of(there)}, not {kind_of(tensor)}")
         if not bool(there.isfinite().all()):
             raise UserError(f"{name}: {key} is not finite, the memory is broken")
@@ -117,10 +118,7 @@ def read_memory(path: str | os.PathLike[str]) -> SavedMemory:
     Raises:
         UserError: no such file, or not a memory of one conversation.
     """
-    about, tensors = read(path, MEMORY)
-    if about["rows"] != 1:
-        raise UserError(f"{path} holds the memories of {about['rows']} conversations, not of one")
-    return SavedMemory(tensors, about)
+    return _read(path)
 
 
 def save_memory(engine: Engine, path: str | os.PathLike[str], row: int = 0) -> None:
@@ -147,7 +145,17 @@ def memory_frames(path: str | os.PathLike[str]) -> int:
     Raises:
         UserError: as `read_memory`.
     """
-    return SavedMemory(read(path, MEMORY, only="/fast.pos")[1], {}).frames
+    return _read(path, only=_POSITION).frames
+
+
+def _read(path: str | os.PathLike[str], only: str = "") -> SavedMemory:
+    about, tensors = read(path, MEMORY, only=only)
+    if about["rows"] != 1:
+        raise UserError(f"{path} holds the memories of {about['rows']} conversations, not of one")
+    for name, tensor in tensors.items():
+        if name.endswith(_POSITION) and (tensor.shape, tensor.dtype) != ((1,), torch.int64):
+            raise UserError(f"{path} is broken: {name} is {kind_of(tensor)}")
+    return SavedMemory(tensors, about)
 
 
 def _memory(engine: Engine, row: int) -> dict[str, Tensor]:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import logging
+import os
 import signal
 import socket
 import ssl
@@ -44,6 +46,8 @@ _LOG = logging.getLogger("moshi_ttt.serve")
 INTERRUPTED = 130
 PORT = 8998
 _SEND_BUFFER = 1 << 16  # bytes
+_MOST_SESSIONS = 1024
+_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _WATCH_EVERY = 12  # frames, about a second, of a row's memories
 
 
@@ -68,20 +72,29 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--idle-seconds", type=float, default=60.0, help="without sound until the end (60)"
     )
     p.add_argument("--memories", metavar="FOLDER", help="where memories are kept by name")
+    p.add_argument(
+        "--max-memories", type=int, metavar="N",
+        help=f"memories to keep; beyond them no new name can be taken ({Limits().memories})",
+    )  # fmt: skip
     p.add_argument("--no-keep", action="store_true", help="keep nothing, for anyone")
     add_model_options(p)
     args = p.parse_args(argv)
     check_model_options(args)
     if not 0 <= args.port <= 65535:
         raise UserError(f"--port must be 0 to 65535, got {args.port}")
-    if args.max_sessions < 1:
-        raise UserError(f"--max-sessions must be at least 1, got {args.max_sessions}")
+    if not 1 <= args.max_sessions <= _MOST_SESSIONS:
+        most = _MOST_SESSIONS
+        raise UserError(f"--max-sessions must be 1 to {most}, got {args.max_sessions}")
     if not 1 <= args.idle_seconds <= 86_400:
         raise UserError(f"--idle-seconds must be 1 to 86400, got {args.idle_seconds:g}")
     if (args.tls_cert is None) != (args.tls_key is None):
         raise UserError("--tls-cert and --tls-key go together")
-    if args.no_keep and args.memories is not None:
-        raise UserError("--no-keep keeps nothing: leave out --memories")
+    if args.no_keep and (args.memories is not None or args.max_memories is not None):
+        raise UserError("--no-keep keeps nothing: leave out --memories and --max-memories")
+    if args.max_memories is None:
+        args.max_memories = Limits().memories
+    if args.max_memories < 0:
+        raise UserError(f"--max-memories must not be negative, got {args.max_memories}")
     args.allow_origin = [check_origin(origin) for origin in args.allow_origin]
     return args
 
@@ -123,8 +136,9 @@ def listen(host: str, port: int, *, token: bool) -> list[socket.socket]:
         found = socket.getaddrinfo(
             name or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-    except OSError as error:
-        raise UserError(f"--host {host}: {error.strerror or error}") from error
+    except (OSError, UnicodeError) as error:  # the latter where it can be no name at all
+        reason = getattr(error, "strerror", None) or "it is not the name of a host"
+        raise UserError(f"--host {host}: {reason}") from error
     addresses = dict.fromkeys((family, address) for family, _, _, _, address in found)
     if not token and not all(is_loopback(str(address[0])) for _, address in addresses):
         raise UserError(
@@ -134,21 +148,41 @@ def listen(host: str, port: int, *, token: bool) -> list[socket.socket]:
     bound: list[socket.socket] = []
     with ExitStack() as stack:
         for family, address in addresses:
-            sock = stack.enter_context(closing(socket.socket(family, socket.SOCK_STREAM)))
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            # Left alone it grows to megabytes, and a slow client would hear what was said long ago.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             here = port or (bound[0].getsockname()[1] if bound else 0)
             try:
-                sock.bind((address[0], here, *address[2:]))
+                sock = _bound(family, (address[0], here, *address[2:]))
             except OSError as error:
+                # localhost is an address of IPv6 too, on a machine that has none as well
+                if error.errno in _NOT_HERE and (bound or address != list(addresses)[-1][1]):
+                    continue
                 reason = error.strerror
                 raise UserError(f"{host} port {here} cannot be listened on: {reason}") from error
-            bound.append(sock)
+            bound.append(stack.enter_context(closing(sock)))
         stack.pop_all()
     return bound
+
+
+def _bound(family: int, address: tuple[object, ...]) -> socket.socket:
+    with ExitStack() as stack:
+        sock = stack.enter_context(closing(socket.socket(family, socket.SOCK_STREAM)))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Left alone it grows to megabytes, and a slow client would hear what was said long ago.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+        stack.pop_all()
+    return sock
+
+
+def _check_folder(kept: Kept) -> None:
+    """See that memories can be kept, before the model is loaded; the folder is made later."""
+    there = next(p for p in (kept.folder, *kept.folder.parents) if p.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise UserError(
+            f"{there} is not a folder that can be written to, and memories are kept there: choose "
+            "another one with --memories, or --no-keep"
+        )
 
 
 def address_of(host: str, sock: socket.socket, *, tls: bool) -> str:
@@ -201,6 +235,9 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     token = read_token(args.token_file)
     tls = tls_of(args.tls_cert, args.tls_key)
+    kept = None if args.no_keep else Kept(args.memories)
+    if kept is not None:
+        _check_folder(kept)
     with ExitStack() as stack:
         sockets = listen(args.host, args.port, token=token is not None)
         for sock in sockets:
@@ -220,8 +257,8 @@ def run(args: argparse.Namespace) -> int:
             host=host,
             model=talker.name,
             layers=layers,
-            kept=None if args.no_keep else Kept(args.memories),
-            limits=Limits(idle=args.idle_seconds),
+            kept=kept,
+            limits=Limits(idle=args.idle_seconds, memories=args.max_memories),
             token=token,
             origins=args.allow_origin,
         )
@@ -257,4 +294,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:  # all is in order: one more Ctrl-C has nothing left to break off
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

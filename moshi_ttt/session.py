@@ -9,7 +9,7 @@ checks come before the first copy.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from types import FunctionType
@@ -31,6 +31,7 @@ _MACHINERY = (CUDAGraphed, ExitStack, FunctionType, nn.Module, torch.device)
 _FIXED = ("batch_size", "capacity", "respect_exec_mask")
 _PASSING = ("_set_exec_mask_graphed", "diverged")  # nothing that lasts from frame to frame
 _SHARED = ("gen.initial",)  # a constant of the model, not of a row
+_SAYS = {"frames": int, "device": str, "sampling": dict, "values": dict}
 
 
 def save_session(engine: Engine, path: str | os.PathLike[str], row: int | None = None) -> None:
@@ -72,7 +73,7 @@ def load_session(engine: Engine, path: str | os.PathLike[str], row: int | None =
         UserError: no such file, not a session, of another model, configuration, number of rows or
             (all rows) kind of device; the engine is as it was.
     """
-    about, saved = read(path, SESSION)
+    about, saved = read(path, SESSION, says=_SAYS)
     check_model(engine, about, path, codec=True)
     fits = {"rows": 1} if row is not None else {"rows": engine.rows, "device": engine.device.type}
     for name, here in fits.items():
@@ -97,9 +98,10 @@ def load_session(engine: Engine, path: str | os.PathLike[str], row: int | None =
         fixed = fixed and not (row is not None and key.endswith("batch_size"))
         if type(there) is not type(value) or (fixed and there != value):
             raise UserError(f"{path}: {key} was saved as {there!r}, here it is {value!r}")
+    _check_numbers(engine, saved, rng, path)
     with torch.no_grad():
         for key, tensor in tensors.items():
-            if key not in _SHARED or row is None:
+            if key not in _SHARED:
                 tensor.copy_(saved[key])
     if row is not None:
         engine.loaded(row)
@@ -120,7 +122,30 @@ def session_sampling(path: str | os.PathLike[str]) -> Sampling:
     Raises:
         UserError: no such file, or not a session.
     """
-    return Sampling(**read(path, SESSION, only="rng.cpu")[0]["sampling"])
+    about, _ = read(path, SESSION, only="rng.cpu", says=_SAYS)
+    try:
+        return Sampling(**about["sampling"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a saved {SESSION}, or is broken: {error}") from error
+
+
+def _check_numbers(
+    engine: Engine, saved: Mapping[str, Tensor], rng: Iterable[str], path: object
+) -> None:
+    """Refuse what would end the engine at its next step, or this load in the midst of it."""
+    state, lm = engine.gen._streaming_state, engine.lm
+    assert state is not None
+    most = torch.full_like(saved["gen.cache"], lm.initial_token_id)
+    most[:, 0] = lm.text_initial_token_id
+    if bool(((saved["gen.cache"] > most) | (saved["gen.cache"] < lm.ungenerated_token_id)).any()):
+        raise UserError(f"{path} is broken: gen.cache holds what is no token of this model")
+    if not torch.equal(saved["gen.initial"], state.initial.cpu()):
+        raise UserError(f"{path} is broken: gen.initial is not this model's")
+    for name in rng:
+        try:
+            torch.Generator(name.removeprefix("rng.")).set_state(saved[name])
+        except RuntimeError as error:
+            raise UserError(f"{path} is broken: {name}: {error}") from error
 
 
 _Place = tuple[Any, str, Any]  # owner, attribute, value

@@ -23,7 +23,7 @@ from moshi_ttt.hybrid import BLOCK, HybridLMModel
 
 FORMAT = 1
 _PICKED = 256  # numbers looked at, at the start, in the middle and at the end of each weight
-
+_SAYS = {"rows": int, "ttt": (dict, type(None)), "model": dict}  # of what type, in every file
 
 _known: WeakKeyDictionary[Engine, dict[str, str]] = WeakKeyDictionary()
 
@@ -81,7 +81,7 @@ def check_model(engine: Engine, about: Mapping[str, Any], path: object, *, codec
     if theirs:  # it may be older than a key
         try:
             theirs = TTTConfig.from_dict(theirs).to_dict()
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise UserError(f"{path} holds a memory of another version: {error}") from error
     if theirs != mine:
         if not theirs or not mine:
@@ -97,7 +97,7 @@ def check_model(engine: Engine, about: Mapping[str, Any], path: object, *, codec
     }
     prints = _fingerprints(engine)
     for part, reason in reasons.items():
-        if prints[part] != about["model"][part] and (codec or part != "codec"):
+        if prints[part] != about["model"].get(part) and (codec or part != "codec"):
             raise UserError(f"{path} belongs to {reason}")
 
 
@@ -114,9 +114,19 @@ def write(
 
 
 def read(
-    path: str | os.PathLike[str], kind: str, *, only: str = ""
+    path: str | os.PathLike[str],
+    kind: str,
+    *,
+    only: str = "",
+    says: Mapping[str, type] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a file says of itself, and its tensors on the CPU, those whose names end in `only`.
+
+    Args:
+        path: the file.
+        kind: e.g. `"memory"`.
+        only: see above.
+        says: types of what files of this kind say beside `about_model` and `rows`.
 
     Raises:
         UserError: no such file, it is broken, or not of this kind or format.
@@ -129,11 +139,18 @@ def read(
             if header is None:
                 raise UserError(f"{path} is not a saved {kind}")
             about = json.loads(header)
+            if not isinstance(about, dict):
+                raise ValueError(f"it says {about!r} of itself")
             if about.get("format") != FORMAT:
                 format = about.get("format")
                 raise UserError(f"{path}: format {format!r}, this version reads {FORMAT}")
+            for name, type in {**_SAYS, **(says or {})}.items():
+                if name not in about or not isinstance(about[name], type):
+                    raise ValueError(f"its {name} is {about.get(name)!r}")
             return about, {k: file.get_tensor(k) for k in file.keys() if k.endswith(only)}
-    except SafetensorError as error:
+    except UserError:
+        raise
+    except (OSError, RecursionError, SafetensorError, ValueError) as error:
         raise UserError(f"{path} is not a saved {kind}, or is broken: {error}") from error
 
 

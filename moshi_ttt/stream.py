@@ -80,8 +80,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             raise UserError("--file needs --out")
         if Path(args.out).suffix.lower() != ".wav":
             raise UserError(f"--out writes wav: {args.out} should end in .wav")
-        if Path(args.file).resolve() == Path(args.out).resolve():
-            raise UserError(f"--out {args.out} would overwrite the file that is talked to")
     if args.file is None and (args.out is not None or args.channel is not None):
         raise UserError("--out and --channel go with --file")
     if not args.mic and (args.input_device, args.output_device, args.muted) != (None, None, False):
@@ -91,10 +89,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     _check_user(args)
     if args.stats and Path(args.stats).suffix.lower() != ".jsonl":
         raise UserError(f"--stats writes JSON lines: {args.stats} should end in .jsonl")
-    for path in (args.out, args.save_memory, args.save_session, args.stats or None):
-        if path is not None:
-            check_writable(path)
+    _check_outputs(args)
     return args
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """See that all files can be written, and none over another."""
+    taken = {} if args.file is None else {Path(args.file).resolve(): "the file that is talked to"}
+    for name in ("out", "save_memory", "save_session", "stats"):
+        if path := getattr(args, name):
+            option, file = f"--{name.replace('_', '-')}", check_writable(path)
+            if (other := taken.get(file.resolve())) is not None:
+                raise UserError(f"{option} {path} would overwrite {other}")
+            taken[file.resolve()] = f"what {option} writes"
+            setattr(args, name, str(file))
 
 
 def _check_user(args: argparse.Namespace) -> None:
@@ -233,4 +241,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:  # all is in order: one more Ctrl-C has nothing left to break off
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,6 +1,7 @@
 """Memories kept by name: no name leaves the folder, no save is half done, no two have one name."""
 
 import errno
+import json
 import os
 import random
 import signal
@@ -15,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from moshi_ttt.errors import UserError, run_cli
 from moshi_ttt.kept import Keeper, Kept, check_name
@@ -214,9 +215,9 @@ def test_a_folder_that_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
         kept = Kept(folder)
-        with pytest.raises(UserError, match=r"Not a directory|File exists"):
+        with pytest.raises(UserError, match=r"Not a directory|is not a folder"):
             kept.list()
-        with pytest.raises(UserError, match=r"Not a directory|File exists"), kept.taken("anna"):
+        with pytest.raises(UserError, match=r"Not a directory|is not a folder"), kept.taken("anna"):
             pass
 
 
@@ -330,8 +331,8 @@ with kept.taken("anna"):
 
 
 def test_killed_at_any_moment_the_file_is_whole(kept):
-    left, numbers, rng = 0, set(), random.Random(0)
-    for _ in range(3):
+    left, numbers, rng = [], set(), random.Random(0)
+    while len(left) < 2 or (not any(left) and len(left) < 8):
         command = [sys.executable, "-c", SAVE, str(kept.folder)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
             try:
@@ -339,14 +340,14 @@ def test_killed_at_any_moment_the_file_is_whole(kept):
                 time.sleep(rng.uniform(0.02, 0.1))
             finally:
                 other.send_signal(signal.SIGKILL)
-        left += (kept.folder / ".anna.tmp").exists()
+        left.append((kept.folder / ".anna.tmp").exists())
         values = load_file(kept.path("anna"))["a/fast.w"].unique()
         assert len(values) == 1
         assert int(values) == kept.find("anna").frames
         numbers.add(int(values))
         with kept.taken("anna"):
             assert content(kept.folder) == [".anna.lock", "anna.safetensors"]
-    assert left  # some were killed in the middle of a save
+    assert any(left)  # some were killed in the middle of a save
     assert max(numbers) > 1
 
 
@@ -456,6 +457,13 @@ def test_the_commands(kept, tmp_path, capsys, monkeypatch):
     kept.write("anna", saved(9000))
     kept.write("李 雷", saved(75))
     kept.path("broken").write_text("no")
+    for name, header in {"header": "{", "kind": "[1]", "model": '{"format": 1, "rows": 1}'}.items():
+        save_file({"a/fast.pos": torch.tensor([1])}, kept.path(name), {"moshi_ttt.memory": header})
+    about = {"moshi_ttt.memory": json.dumps(ABOUT)}
+    save_file({"a/fast.pos": torch.tensor([1.0, 2.0])}, kept.path("position"), about)
+    for name in ("header", "kind", "model", "position"):
+        assert kept.get(name).broken, name  # and the others can still be listed
+        kept.delete(name)
     (kept.folder / "Anna.safetensors").write_text("")
     os.utime(kept.path("anna"), (1e9, 1e9))
     status, out, _ = call(capsys, "list")

@@ -111,11 +111,8 @@ def place(part, whole):
     return at, float(match[at])
 
 
-@pytest.mark.parametrize("seconds", [10, pytest.param(120, marks=pytest.mark.slow)])
-def test_what_is_spoken_is_heard_and_what_moshi_says_is_played(
-    sound, checkpoint, tmp_path, seconds
-):
-    spoken = speech(seconds)
+def one_talk(sound, checkpoint, tmp_path, spoken):
+    """What was said and heard, what the loudspeaker played, and what the process told of it."""
     command = ["tests.telling_stream", str(tmp_path), "--mic", "--checkpoint", checkpoint]
     with (
         sound.recording() as recorded,
@@ -123,16 +120,28 @@ def test_what_is_spoken_is_heard_and_what_moshi_says_is_played(
     ):
         until(lambda: "Ctrl-C ends" in err() or process.poll() is not None, 60)
         with sound.speaking(spoken) as player:
-            assert player.wait(seconds + 30) == 0
+            assert player.wait(len(spoken) / RATE + 30) == 0
             time.sleep(1)
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130, err()
-    said, heard, played = raw(tmp_path / "said.raw"), raw(tmp_path / "heard.raw"), raw(recorded)
+    return raw(tmp_path / "said.raw"), raw(tmp_path / "heard.raw"), raw(recorded), err()
+
+
+@pytest.mark.parametrize("seconds", [6, pytest.param(120, marks=pytest.mark.slow)])
+def test_what_is_spoken_is_heard_and_what_moshi_says_is_played(
+    sound, checkpoint, tmp_path, seconds
+):
+    spoken, allowed = speech(seconds), 1 + seconds // 30
+    for _ in range(3):  # on a machine that is too busy for real time there are gaps
+        said, heard, played, err = one_talk(sound, checkpoint, tmp_path, spoken)
+        gaps = number("loudspeaker: N gaps", err)
+        if not gaps:
+            break
+    assert gaps <= allowed, "the machine is too busy for real time"
     # nothing was lost
-    assert number("microphone: N frames dropped", err()) == 0, err()
-    assert number("gaps, N frames dropped", err()) == 0, err()
-    assert number("lost by the sound card: N", err()) == 0, err()
-    gaps = number("loudspeaker: N gaps", err())
+    assert number("microphone: N frames dropped", err) == 0, err
+    assert number("gaps, N frames dropped", err) == 0, err
+    assert number("lost by the sound card: N", err) == 0, err
     assert len(heard) == len(said) > (seconds + 0.5) * RATE
     # the microphone: every sample that was spoken, in one piece
     at, match = place(spoken, heard)
@@ -149,13 +158,12 @@ def test_what_is_spoken_is_heard_and_what_moshi_says_is_played(
     start, match = place(np.concatenate(voice[:25]), played)
     places = [start]
     for frame in voice:
-        at, match = place(frame, played[places[-1] : places[-1] + 8 * FRAME])
+        at, match = place(frame, played[places[-1] : places[-1] + 25 * FRAME])
         assert match > 0.999
         places.append(places[-1] + at + FRAME)
     steps = np.diff(places) - FRAME
     assert (steps >= 0).all()
     assert np.count_nonzero(steps) <= gaps
-    assert gaps <= 1 + seconds // 30, "the machine is too busy for real time"
     sounding = np.abs(played) > 1e-6
     length = np.flatnonzero(sounding)[-1] - np.flatnonzero(sounding)[0]
     assert abs(length - (len(said) + steps.sum())) < 0.7 * RATE
@@ -224,7 +232,7 @@ def test_at_a_terminal_there_is_a_meter_and_a_key_to_mute(sound, checkpoint, tmp
             os.write(controller, b"m")
             mark = len(shown)
             until(lambda: seen(b"you [", mark), 5)
-            time.sleep(3)  # nobody reads the terminal: its buffer of 4 KiB is full in two
+            time.sleep(2.5)  # nobody reads the terminal: its buffer of 4 KiB is full in two
             os.write(controller, b"\x03")
             until(lambda: seen(b"ms per frame") and process.poll() is not None, 20)
     finally:

@@ -335,6 +335,52 @@ def test_a_paused_row_is_waited_for():
     assert [r.at for r in readings[1]] == [12]
 
 
+def test_a_memory_that_started_over_alone_is_read_where_it_stands():
+    """As after a divergence: from then on it is at another place of its chunk than the first."""
+    lm = hybrid("ttt_linear")
+    layer, block = list(ttt_blocks(lm).items())[1]
+    read, before = [], []
+
+    def each(t):
+        if t == 6:
+            block.reset_ttt_states(torch.tensor([True]))
+            return [True]
+        if t == 8:
+            state = block._streaming_state.memory
+            before.append(map_tensors(lambda x: x.clone(), state))
+            read.clear()
+        return None
+
+    streamed = block.stream
+
+    def stream_and_note(x, shared=None):
+        read.append(x.clone())
+        return streamed(x, shared)
+
+    block.stream = stream_and_note
+    *_, (readings,) = monitored(lm, codes_for(lm, 1, 14), every=1, each=each)
+    assert [r.at for r in readings] == [12]
+    assert before[0].fast.pos.tolist() == [2]
+    with torch.no_grad():
+        wanted = observe.observe(block.memory, torch.cat(read[:4], 1), before[0])
+    got = readings[0].layers[layer.removesuffix(".seq_modeling_block")]
+    for name in ("loss_before", "loss_after", "moved"):
+        assert got[name] == pytest.approx(wanted[name].tolist(), rel=1e-4), name
+
+
+def test_a_row_that_has_begun_anew_is_read_soon():
+    lm = hybrid("ttt_linear")
+
+    def begin(t):
+        if t == 12:
+            lm.reset_streaming(torch.tensor([True]))
+            return [True]
+        return None
+
+    *_, (readings,) = monitored(lm, codes_for(lm, 1, 24), every=1000, each=begin)
+    assert [r.at for r in readings] == [8, 20]
+
+
 def test_readings_come_as_often_as_asked():
     lm = hybrid("ttt_linear")
     *_, (readings,) = monitored(lm, codes_for(lm, 1, 60), every=20)

@@ -152,7 +152,8 @@ def test_another_model_is_refused_and_the_memory_stays(here, talking):
 def test_a_name_is_in_one_conversation(here):
     with here.kept.taken("anna"):
         why = here.refused("--user", "Anna")
-        assert f"anna is in another conversation (process {os.getpid()} on " in why
+        assert "anna is in another conversation: end that one, or take another name" in why
+        assert f"(process {os.getpid()} on " in why
         here.talk("--user", "carl")
 
 

@@ -178,7 +178,9 @@ def test_a_memory_goes_from_row_to_row(tmp_path):
             engine.step(frame)
         assert all(torch.equal(t, saved.tensors[n]) for n, t in before.items())
         engine.start(only(0))
+        engine.diverged[0] = 2
         put_memory(engine, saved, 0)
+        assert not engine.diverged.any()  # the one before was another
         again = take_memory(engine, 0)
         assert all(torch.equal(t, again.tensors[n]) for n, t in saved.tensors.items())
         saved.write(tmp_path / "m")

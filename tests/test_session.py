@@ -238,14 +238,58 @@ def test_another_codec_ends_a_session_but_not_a_memory(saved):
             load_session(engine, saved / "session")
 
 
-def told(old, new):
+def told(old, new, kind="session"):
     """Change what the file says of itself."""
 
     def spoil(tensors, metadata):
-        assert old in metadata["moshi_ttt.session"]
-        metadata["moshi_ttt.session"] = metadata["moshi_ttt.session"].replace(old, new)
+        assert old in metadata[f"moshi_ttt.{kind}"]
+        metadata[f"moshi_ttt.{kind}"] = metadata[f"moshi_ttt.{kind}"].replace(old, new)
 
     return spoil
+
+
+def filled(name, number):
+    return lambda tensors, metadata: tensors[name].fill_(number)
+
+
+POS = "transformer.layers.0.seq_modeling_block/fast.pos"
+W1 = "transformer.layers.0.seq_modeling_block/fast.W1"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (told('"format"', "format", "memory"), "or is broken: "),
+        (told('"rows": 1', '"rows": 3', "memory"), "memories of 3 conversations, not of one"),
+        (told('"rows"', '"raws"', "memory"), "or is broken: its rows is None"),
+        (told('"model": {', '"model": 1, "was": {', "memory"), "or is broken: its model is 1"),
+        (told('"base"', '"bass"', "memory"), "belongs to another base model"),
+        (told('"chunk_size": 4', '"chunk_size": []', "memory"), "memory of another version"),
+        (lambda t, m: t.update({POS: torch.zeros(1)}), r"fast.pos is \(1,\) float32"),
+        (lambda t, m: t.update({W1: t[W1].double()}), "float64, not .* float32"),
+    ],
+)
+def test_a_memory_that_was_tampered_with_is_refused(saved, tmp_path, spoil, words):
+    spoil_file(saved / "memory", tmp_path / "spoilt", spoil)
+    with engine_for() as engine:
+        before = snapshot(engine)
+        with pytest.raises(UserError, match=words):
+            load_memory(engine, tmp_path / "spoilt")
+        assert same(snapshot(engine), before)
+
+
+@pytest.mark.parametrize("number", ["-1", '"x"', "[1]"])
+def test_what_a_session_says_of_sampling_is_checked(saved, tmp_path, number):
+    spoil_file(saved / "session", tmp_path / "spoilt", told('"temp": 0.8', f'"temp": {number}'))
+    with pytest.raises(UserError, match="or is broken: "):
+        session.session_sampling(tmp_path / "spoilt")
+
+
+def spoil_file(path, to, spoil):
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
+    spoil(tensors, metadata)
+    save_file(tensors, to, metadata)
 
 
 @pytest.mark.parametrize(
@@ -263,14 +307,18 @@ def told(old, new):
         (told('.k_cross": null', '.k_cross": 1'), "k_cross was saved as 1, here it is None"),
         (told('"cpu"', '"cuda"'), "saved with device cuda, here it is cpu"),
         (lambda t, m: m.clear(), "is not a saved session"),
+        (lambda t, m: m.update({"moshi_ttt.session": "[]"}), r"or is broken: it says \[\]"),
+        (told('"values"', '"vale"'), "or is broken: its values is None"),
+        (told('"frames": 6', '"frames": "6"'), "or is broken: its frames is '6'"),
+        (filled("gen.cache", 10**6), "holds what is no token"),
+        (filled("gen.cache", -3), "holds what is no token"),
+        (filled("gen.initial", 7), r"gen\.initial is not this model's"),
+        (filled("rng.cpu", 0), r"rng\.cpu: Invalid"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(saved, tmp_path, spoil, words):
     path = tmp_path / "spoilt"
-    with safe_open(saved / "session", "pt") as file:
-        metadata, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
-    spoil(tensors, metadata)
-    save_file(tensors, path, metadata)
+    spoil_file(saved / "session", path, spoil)
     with engine_for() as engine:
         before = snapshot(engine)
         with pytest.raises(UserError, match=words):

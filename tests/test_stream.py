@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import types
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from moshi.run_inference import InferenceState
 from safetensors.torch import save_file
 
-from moshi_ttt import loops
+from moshi_ttt import loops, stream
 from moshi_ttt.base import find_base
 from moshi_ttt.checkpoint import save_checkpoint
 from moshi_ttt.codec import encode_recording
@@ -23,7 +24,7 @@ from moshi_ttt.files import newest_checkpoint, written_whole
 from moshi_ttt.frame_times import FrameTimes
 from moshi_ttt.frames import FRAME, FrameRing
 from moshi_ttt.loops import stream_file
-from moshi_ttt.reporter import statistics
+from moshi_ttt.reporter import Readings, statistics
 from moshi_ttt.ring import widen_kv_rings
 from moshi_ttt.stream import main
 from tests.small import small_base, small_hybrid, small_lm, small_mimi, small_tokenizer
@@ -308,6 +309,13 @@ def refused(capsys, *argv):
         (["--file", "IN", "--out", "o.wav", "--checkpoint", "no"], "no is not a checkpoint"),
         (["--file", "IN", "--out", "o.wav", "--base", "no"], "base no: no such folder"),
         (["--file", "IN", "--out", "IN"], "would overwrite the file"),
+        (["--file", "IN", "--out", "o.wav", "--save-memory", "IN"], "would overwrite the file"),
+        (
+            ["--file", "IN", "--out", "o.wav", "--save-memory", "a", "--save-session", "./a"],
+            "--save-session ./a would overwrite what --save-memory writes",
+        ),
+        (["--file", "IN", "--out", "o.wav", "--seed", "-1"], "--seed must be 0 to"),
+        (["--file", "IN", "--out", "o.wav", "--device", "meta"], "device 'meta' is unknown"),
         (["--file", "IN", "--out", "o.mp3"], "should end in .wav"),
         (["--file", "IN", "--out", "no/o.wav"], "the folder no does not exist"),
         (["--file", "IN", "--out", "o.wav", "--save-session", "."], "is a folder"),
@@ -332,6 +340,21 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch, options, words):
     names = {"IN", "EMPTY", "NAN"}
     assert words in refused(capsys, *(f"{o}.wav" if o in names else o for o in options))
     assert set(tmp_path.iterdir()) == before
+
+
+def test_a_home_folder_is_the_same_for_all_that_is_written(monkeypatch, tmp_path):
+    """`--out=~/o.wav` reaches us as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "in.wav", wave(0.1, 24_000), 24_000)
+    args = stream.parse(["--file", f"{tmp_path}/in.wav", "--out=~/o.wav", "--stats=~/s.jsonl"])
+    assert (args.out, args.stats) == (f"{tmp_path}/o.wav", f"{tmp_path}/s.jsonl")
+
+
+def test_statistics_that_cannot_be_written_are_one_line(tmp_path):
+    with socket.socket(socket.AF_UNIX) as something_else:
+        something_else.bind(str(tmp_path / "s.jsonl"))
+        with pytest.raises(UserError, match=r"--stats .*s\.jsonl: No such device or address"):
+            Readings(str(tmp_path / "s.jsonl"))
 
 
 @pytest.mark.parametrize(

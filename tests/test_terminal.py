@@ -1,5 +1,6 @@
 """Nothing that is shown holds up who shows it, and a terminal is left as it was found."""
 
+import fcntl
 import io
 import os
 import pty
@@ -198,6 +199,12 @@ with pressed_keys(sys.stdin) as pressed:
 """
 
 
+def with_a_terminal():
+    """In the child: its standard input is its terminal, and Ctrl-C is not ignored by birth."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("end", ["q", "x", "interrupt"])
 def test_keys_come_singly_and_the_terminal_is_left_as_it_was(end):
     controller, own = pty.openpty()
@@ -205,7 +212,7 @@ def test_keys_come_singly_and_the_terminal_is_left_as_it_was(end):
     process = subprocess.Popen(
         [sys.executable, "-c", KEYS, terminal.__file__], stdin=own,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=with_a_terminal,
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"

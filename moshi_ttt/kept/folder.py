@@ -130,7 +130,8 @@ class Kept:
         """
         name = check_name(name)
         self._make()
-        with locked(self.folder / f".{name}.lock", f"{name} is in another conversation"):
+        words = f"{name} is in another conversation: end that one, or take another name"
+        with locked(self.folder / f".{name}.lock", words):
             shutil.rmtree(self._beside(name), ignore_errors=True)  # left by a save that was killed
             yield
 
@@ -233,6 +234,8 @@ class Kept:
             self.folder.mkdir(parents=True, exist_ok=True)
             if new:
                 self.folder.chmod(0o700)
+        except FileExistsError as error:
+            raise UserError(f"{self.folder} is not a folder") from error
         except OSError as error:
             raise UserError(f"{self.folder}: {error.strerror}") from error
         if not os.access(self.folder, os.W_OK | os.X_OK):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import os
+import re
 import stat
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ _ATTEMPTS, _ATTEMPT_RATE = 10.0, 0.1  # wrong tokens an address may send at once
 _MOST_ADDRESSES = 4096
 _MAKE_ONE = "python -c 'import secrets; print(secrets.token_urlsafe())'"
 _OPEN = ("/", "/health", "/favicon.ico")
+_HOST = re.compile(r"(?:\[([^\]]*)\]|([^:\[\]]*))(?::\d*)?")
+_PORTS = {"http": 80, "https": 443}  # which browsers leave out
 
 
 def read_token(file: str | None) -> str | None:
@@ -67,11 +70,17 @@ def check_origin(origin: str) -> str:
     Raises:
         UserError: it is not `https://name` or `http://name`, with a port or without.
     """
-    parts = urlsplit(origin.lower())
-    known = parts.scheme in ("http", "https") and parts.netloc
-    if not known or origin.lower() != f"{parts.scheme}://{parts.netloc}":
-        raise UserError(f"--allow-origin {origin}: give https://name, or https://name:port")
-    return origin.lower()
+    given = origin.lower()
+    wrong = f"--allow-origin {origin}: give https://name, or https://name:port"
+    try:
+        parts = urlsplit(given)
+        port = parts.port
+    except ValueError as error:
+        raise UserError(wrong) from error
+    known = parts.scheme in _PORTS and parts.hostname and "@" not in parts.netloc
+    if not known or given != f"{parts.scheme}://{parts.netloc}":
+        raise UserError(wrong)
+    return given.removesuffix(f":{port}") if port == _PORTS[parts.scheme] else given
 
 
 class Guard:
@@ -103,13 +112,15 @@ class Guard:
             HTTPException: 403, it is another site's; 401 or 429, the token is missing or wrong.
         """
         origin = request.headers.get("Origin", "").lower()
-        if origin and origin not in {*self._origins, f"{request.scheme}://{request.host.lower()}"}:
+        # not aiohttp's, which asks a name server, and waits, where a request names no host
+        host = request.headers.get("Host", "").lower()
+        if origin and origin not in {*self._origins, f"{request.scheme}://{host}"}:
             raise self._no("origin", web.HTTPForbidden, "pages of other sites may not ask this")
         site = request.headers.get("Sec-Fetch-Site", "none")
         if not origin and site not in ("none", "same-origin") and not _is_open(request):
             raise self._no("origin", web.HTTPForbidden, "pages of other sites may not ask this")
         if self._token is None:
-            if not is_loopback(_name_of(request.host)) and request.host not in self._hosts:
+            if not is_loopback(_name_of(host)) and host not in self._hosts:
                 raise self._no(
                     "host", web.HTTPForbidden,
                     "this server is for its own machine: open it as http://localhost:PORT, or "
@@ -159,8 +170,9 @@ def is_loopback(name: str) -> bool:
 
 
 def _name_of(host: str) -> str:
-    """The name in a Host header, without its port."""
-    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    """The name in a Host header, without its port; empty if it is none."""
+    found = _HOST.fullmatch(host)
+    return "" if found is None else found[1] or found[2] or ""
 
 
 def _network_of(address: str) -> str:

@@ -28,6 +28,7 @@ class Limits:
         messages: a second...
         message_burst: ... beyond so many.
         sockets: at a time, beyond those of conversations.
+        memories: kept by name; a disk is only so large, and names cost nothing.
     """
 
     idle: float = 60.0
@@ -42,6 +43,7 @@ class Limits:
     messages: float = 500.0
     message_burst: float = 2000.0
     sockets: int = 64
+    memories: int = 1000
 
 
 class Bucket:

@@ -33,12 +33,12 @@ class Remembered:
         self._is_kept = False
         self._lost: str | None = None
 
-    def begin(self, *, load: bool, anew: bool = False) -> SavedMemory | None:
+    def begin(self, *, load: bool, most: int, anew: bool = False) -> SavedMemory | None:
         """Have the name, and read what is kept if `load`; takes as long as disks do.
 
         Raises:
-            UserError: another conversation has the name, what is kept cannot be read, or `anew`
-                and something is kept.
+            UserError: another conversation has the name, what is kept cannot be read, `anew` and
+                something is kept, or nothing is and `most` memories are kept already.
         """
         with ExitStack() as stack:
             if self.writes:
@@ -48,6 +48,11 @@ class Remembered:
                 raise UserError(
                     f"a memory is kept for {self.name!r} already: begin with it, or take another "
                     "name"
+                )
+            if found is None and self.writes and len(self.kept.list()) >= most:
+                raise UserError(
+                    f"this server keeps {most} memories and has them: go on without a name, or "
+                    "take one that is kept"
                 )
             saved = read_memory(found.path) if found is not None and load else None
             if self.writes:

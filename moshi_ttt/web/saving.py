@@ -68,7 +68,8 @@ class Saving:
             while name in service.leaving and time.monotonic() < until:
                 await asyncio.sleep(0.05)
             remembered = Remembered(kept, name, writes=not self._incognito, notify=self._notify)
-            work = asyncio.to_thread(remembered.begin, load=load, anew=anew)
+            most = service.limits.memories
+            work = asyncio.to_thread(remembered.begin, load=load, most=most, anew=anew)
             beginning = self._beginning = asyncio.ensure_future(work)
             beginning.add_done_callback(lambda done: self._begun(remembered, done))
             return await asyncio.shield(beginning)  # the thread is not cancelled with us

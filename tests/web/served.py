@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import json
+import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -32,6 +34,10 @@ def on_loop(test):
     @functools.wraps(test)
     def runs(*args, **kwargs):
         asyncio.run(test(*args, **kwargs))
+        with warnings.catch_warnings():
+            # what clients that were cut off have left open is found here, not in another test
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
 
     return runs
 

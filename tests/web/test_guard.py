@@ -154,6 +154,7 @@ def test_a_token_is_read_and_checked(tmp_path, monkeypatch, capsys):
 
 def test_origins_and_loopback_names():
     assert check_origin("HTTPS://Moshi.example:8443") == "https://moshi.example:8443"
+    assert check_origin("https://moshi.example:443") == "https://moshi.example"
     for bad in ("moshi.example", "https://moshi.example/", "*", "null", "file://x", "https://"):
         with pytest.raises(UserError, match="--allow-origin"):
             check_origin(bad)

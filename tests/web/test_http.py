@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import socket
 import stat
 
 import aiohttp
@@ -109,11 +110,25 @@ async def test_what_is_no_request_is_answered_and_not_logged(caplog):
         f"GET / HTTP/1.1\r\n{local}Origin: \xff\xfe\r\n\r\n",
     ]
     async with served(rows=1, limits=Limits(patience=0.4)) as server:
-        for status, _, body in await asyncio.gather(*(raw(server, r) for r in requests)):
-            assert status in (None, 400, 403, 404, 405), status
+        answers = await asyncio.gather(*(raw(server, r) for r in requests))
+        for request, (status, _, body) in zip(requests, answers, strict=True):
+            assert status in (None, 400, 403, 404, 405), (request[:200], status)
             assert b"Traceback" not in body
         assert (await raw(server, get("/health")))[0] == 200
     assert [r.getMessage() for r in caplog.records] == []
+
+
+@on_loop
+async def test_a_request_that_names_no_host_waits_for_no_name_server(monkeypatch):
+    def asked():
+        raise AssertionError("a name server was asked")
+
+    monkeypatch.setattr(socket, "getfqdn", asked)
+    for token, status in ((None, 403), ("0123456789-abcdef", 200)):
+        async with served(rows=1, token=token) as server:
+            assert (await raw(server, "GET /health HTTP/1.0\r\n\r\n"))[0] == status
+            origin = "GET /health HTTP/1.0\r\nOrigin: http://localhost\r\n\r\n"
+            assert (await raw(server, origin))[0] == 403
 
 
 @on_loop

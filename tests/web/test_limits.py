@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import struct
+from contextlib import AsyncExitStack
 
 import numpy as np
 import pytest
@@ -193,6 +194,9 @@ class Silent:
             f"Sec-WebSocket-Key: {'A' * 22}==\r\n\r\n".encode()
         )
 
+    def close(self):
+        self.socket.close()
+
     def send(self, data):
         size = struct.pack("!BBH", 0x82, 0x80 | 126, len(data))
         self.socket.sendall(size + bytes(4) + data)  # masked with zeros
@@ -204,9 +208,10 @@ async def test_who_does_not_read_is_dropped_and_holds_up_nobody():
     frames = noise(6)
     wanted, _ = alone(frames, rows=2)
     async with served(rows=2, limits=Limits(slow=4.0)) as server:
-        async with talking(server) as good:
+        async with talking(server) as good, AsyncExitStack() as stack:
             first = await good.talk(frames[:2])
             silent = await asyncio.to_thread(Silent, server, "format=pcm&rate=192000")
+            stack.callback(silent.close)
             await until(lambda: server.host.taken == 2)
             (chat,) = [c for c in server.host._conversations.values() if c.row == 1]
             visits = [v for v in server.service.guests if v._conversation is chat]
@@ -217,18 +222,20 @@ async def test_who_does_not_read_is_dropped_and_holds_up_nobody():
                     break
                 await asyncio.to_thread(silent.send, b"\1" + bytes(2 * 192_00))
                 await until(lambda n=n: chat.frames > n or chat.over is not None)
+                await good.until_answered()  # who reads, and so answers the server's pings too
                 most = max(most, transport.get_write_buffer_size())
             assert chat.dropped_said
             assert most < 100_000
             assert np.array_equal(await good.talk(frames[2:4]), wanted[2:4])
-            await until(lambda: chat.over is not None)
+            while chat.over is None:
+                await good.until_answered()
+                await asyncio.sleep(0.05)
             assert server.host.taken == 1
             await until(lambda: len(server.service.guests) == 1)
             rest = await good.talk(frames[4:])
         assert np.array_equal(np.concatenate([first, rest]), wanted[[0, 1, 4, 5]])
         text = server.service.metrics.text().decode()
         assert 'moshi_ttt_conversations_ended_total{reason="slow"} 1.0' in text
-        silent.socket.close()
 
 
 @on_loop

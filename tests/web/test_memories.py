@@ -114,7 +114,10 @@ async def test_a_name_can_be_given_later_but_takes_nothing_from_another(kept):
             await client.keep(user="Bert")
             await client.read_until(lambda c: c.last("saved"))
             async with talking(server, user="bert") as other:
-                assert other.over == "bert is in another conversation"
+                assert (
+                    other.over
+                    == "bert is in another conversation: end that one, or take another name"
+                )
             await client.talk(noise(2))
         await empty(server)
     assert kept.path("anna").read_bytes() == before
@@ -146,11 +149,30 @@ async def test_a_name_is_one_conversations(kept):
     async with served(kept=kept) as server, talking(server, user="anna") as first:
         await first.talk(noise(1))
         async with talking(server, user="Anna") as second:
-            assert second.over == "anna is in another conversation"
+            assert (
+                second.over == "anna is in another conversation: end that one, or take another name"
+            )
             assert second.code == 1008
         assert server.host.taken == 1
         await first.ws.close()
         assert await one_talk(server, 1, user="anna") is None  # waits until the first is saved
+
+
+@on_loop
+async def test_names_do_not_fill_the_disk(kept):
+    async with served(kept=kept, limits=Limits(memories=2)) as server:
+        for name in ("anna", "bert", "anna"):
+            assert await one_talk(server, 2, user=name) is None
+        refused = "this server keeps 2 memories and has them: go on without a name, or take one"
+        assert (await one_talk(server, user="carl")).startswith(refused)
+        assert await one_talk(server, 0, user="carl", incognito=1) is None
+        async with talking(server, readings=1) as client:
+            await client.talk(noise(2))
+            await client.keep(user="carl")
+            await client.read_until(lambda c: c.last("save failed"))
+            assert client.last("save failed")["reason"].startswith(refused)
+        await empty(server)
+    assert [m.name for m in kept.list()] == ["anna", "bert"]
 
 
 @on_loop

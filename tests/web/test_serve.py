@@ -1,6 +1,7 @@
 """The command itself: what it refuses before anything is loaded, and a whole run of it."""
 
 import asyncio
+import io
 import os
 import re
 import signal
@@ -8,7 +9,9 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import aiohttp
 import numpy as np
@@ -19,6 +22,7 @@ from moshi_ttt.base import find_base
 from moshi_ttt.checkpoint import save_checkpoint
 from moshi_ttt.errors import UserError
 from moshi_ttt.kept import Kept
+from moshi_ttt.models import open_talker
 from moshi_ttt.serve import address_of, listen, main, parse, tls_of
 from tests.small import small_base
 from tests.web.served import Client, Served, alone, hybrid, noise, talking
@@ -44,22 +48,33 @@ def checkpoint(tmp_path_factory):
     ("options", "reason"),
     [
         (["--port", "65536"], "--port must be 0 to 65535, got 65536"),
-        (["--max-sessions", "0"], "--max-sessions must be at least 1, got 0"),
+        (["--max-sessions", "0"], "--max-sessions must be 1 to 1024, got 0"),
+        (["--max-sessions", "9999"], "--max-sessions must be 1 to 1024, got 9999"),
+        (["--max-memories", "-1"], "--max-memories must not be negative, got -1"),
+        (["--no-keep", "--max-memories", "3"], "leave out --memories and --max-memories"),
+        (["--memories", "/dev/null"], "/dev/null is not a folder that can be written to"),
+        (["--memories", "/dev/null/a"], "/dev/null is not a folder that can be written to"),
         (["--idle-seconds", "0"], "--idle-seconds must be 1 to 86400, got 0"),
         (["--idle-seconds", "nan"], "--idle-seconds must be 1 to 86400, got nan"),
         (["--tls-cert", "a"], "--tls-cert and --tls-key go together"),
         (["--no-keep", "--memories", "a"], "leave out --memories"),
         (["--allow-origin", "moshi.example"], "--allow-origin moshi.example"),
+        (["--allow-origin", "http://["], "--allow-origin http://["),
+        (["--allow-origin", "https://a:99999"], "--allow-origin https://a:99999"),
+        (["--seed", str(1 << 63)], f"--seed must be 0 to {(1 << 63) - 1}"),
         (["--threads", "0"], "--threads must be at least 1"),
         (["--temp", "-1"], "temp must not be negative"),
         (["--host", "0.0.0.0"], "needs a token"),
         (["--host", ""], "needs a token"),
         (["--host", "::"], "needs a token"),
         (["--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
+        (["--host", "a..b"], "--host a..b: it is not the name of a host"),
+        (["--host", "a" * 80], "it is not the name of a host"),
         (["--token-file", "none"], "--token-file none"),
         (["--tls-cert", "none", "--tls-key", "none"], "--tls-cert none: No such file"),
         (["--token", TOKEN], "unrecognized arguments"),
         (["--device", "tpu"], "device 'tpu' is unknown"),
+        (["--device", "meta"], "device 'meta' is unknown"),
     ],
 )
 def test_mistakes_are_one_line(options, reason, capsys):
@@ -98,6 +113,21 @@ def test_where_it_listens_and_what_to_open():
     sock.close()
     assert parse([]).port == 8998
     assert parse([]).host == "127.0.0.1"
+
+
+def test_an_address_that_this_machine_has_not_is_left_out(monkeypatch):
+    """As `localhost` is ::1 too, where there is no IPv6."""
+    here, elsewhere = ("127.0.0.1", 0), ("192.0.2.1", 0)  # the latter is nobody's
+    for found in ([here, elsewhere], [elsewhere, here], [elsewhere]):
+        answer = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", address) for address in found]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *a, answer=answer, **k: answer)
+        if here in found:
+            (sock,) = listen("localhost", 0, token=True)
+            assert sock.getsockname()[0] == "127.0.0.1"
+            sock.close()
+        else:
+            with pytest.raises(UserError, match="localhost port 0 cannot be listened on"):
+                listen("localhost", 0, token=True)
 
 
 @pytest.fixture(scope="module")
@@ -183,23 +213,34 @@ async def talk_until(url, frames, end):
         return client
 
 
-def test_a_run_with_https_and_a_token_ended_by_ctrl_c(checkpoint, certificate):
+def test_a_run_with_https_and_a_token_ended_by_ctrl_c(checkpoint, certificate, monkeypatch):
+    """In this process, which has loaded all that takes long."""
     cert, key = certificate
     options = ["--checkpoint", checkpoint, "--max-sessions", "1", "--no-keep", "--host", "0.0.0.0"]
-    process, url, lines = started(
-        [*options, "--tls-cert", cert, "--tls-key", key], MOSHI_TTT_TOKEN=TOKEN
-    )
-    try:
-        assert url.startswith("https://")
-        url = f"https://127.0.0.1:{url.rpartition(':')[2]}"
-        asyncio.run(over_https(url, ssl.create_default_context(cafile=cert)))
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
-    assert TOKEN not in err + "".join(lines)
+    err = io.StringIO()
+    monkeypatch.setenv("MOSHI_TTT_TOKEN", TOKEN)
+    monkeypatch.setattr(serve, "open_talker", open_talker)
+    monkeypatch.setattr(sys, "stderr", err)
+
+    def talk_and_interrupt():
+        try:
+            deadline = time.monotonic() + 60
+            while not (found := re.search(r"open https://.*:(\d+)/", err.getvalue())):
+                assert time.monotonic() < deadline, err.getvalue()
+                time.sleep(0.02)
+            trusting = ssl.create_default_context(cafile=cert)
+            asyncio.run(over_https(f"https://127.0.0.1:{found[1]}", trusting))
+        finally:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as client:
+        talked = client.submit(talk_and_interrupt)
+        with pytest.raises(SystemExit) as left:
+            main(["--port", "0", "--device", "cpu", "--tls-cert", cert, "--tls-key", key, *options])
+        talked.result(60)
+    assert left.value.code == 130, err.getvalue()
+    assert "stopping: conversations are ended and saved" in err.getvalue()
+    assert TOKEN not in err.getvalue()
 
 
 async def over_https(url, context):

@@ -1,7 +1,9 @@
 import asyncio
 import contextlib
+import gc
 import re
 import threading
+import warnings
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -27,6 +29,9 @@ class Loop:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        with warnings.catch_warnings():  # what a closed browser has left open; see tests/web/served
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
 
 
 @pytest.fixture(scope="package")

@@ -28,6 +28,17 @@ LEVELS = """new Promise(done => {
         if (seen.length == 20) { clearInterval(timer); done(seen); }
     }, 100);
 })"""
+KEEP_AND_TYPE = """{
+    document.querySelector('#keepNow').click();
+    const name = document.querySelector('#name');
+    name.value = 'hansi';
+    name.dispatchEvent(new Event('input'));
+}"""  # before it is saved
+
+
+def chat_of(page):
+    """The address of the last talk."""
+    return [url for url in page.asked if "/api/chat?" in url][-1]
 
 
 @in_loop
@@ -77,11 +88,12 @@ async def test_a_talk_begun_without_a_name_can_be_kept_later(loop, page, server)
     await page.until(shown("#alarm"))
     assert "The memory could not be saved" in await page.js(text("#alarm"))
     await name_given(page, "hans")
-    await page.click("#keepNow")
+    await page.js(KEEP_AND_TYPE)
     await page.until(f"{text('#keptState')}.startsWith('Saved today')")
     assert server.kept.find("hans").seconds > 0
     assert not await page.js(shown("#alarm"))
     assert await page.js("document.querySelector('#name').disabled")
+    assert await page.js("document.querySelector('#name').value") == "hans"
 
 
 @in_loop
@@ -108,7 +120,7 @@ async def test_where_a_microphone_has_its_own_rate_the_server_resamples(loop, pa
     )
     await page.go(server.url)
     await talk_begins(page)
-    rate = re.search(r"rate=(\d+)", page.asked[-1])
+    rate = re.search(r"rate=(\d+)", chat_of(page))
     assert rate is not None
     assert int(rate[1]) in (44_100, 48_000)
     await page.until(f"{text('#saidText')}.endsWith('dB')")
@@ -124,7 +136,7 @@ async def test_incognito_and_start_new(loop, page, server):
     await page.click("#startNew")
     await page.click("#incognito")
     await talk_begins(page)
-    asked = page.asked[-1]
+    asked = chat_of(page)
     assert "user=Bert" in asked
     assert "start=new" in asked
     assert "incognito=1" in asked

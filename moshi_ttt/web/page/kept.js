@@ -46,6 +46,7 @@ export class Kept {
         this.say("Give a name first: it is kept under that.");
       } else {
         this.say("Saving …");
+        this.talk.asked = this.name; // which may be typed over until it is saved
         onkeep(this.talk.user ? "" : this.name);
       }
     });
@@ -115,7 +116,10 @@ export class Kept {
   }
 
   saved({ seconds, at }) {
-    this.talk &&= { ...this.talk, user: this.talk.user || this.name };
+    if (this.talk && !this.talk.user) {
+      this.talk.user = this.dom.name.value = this.talk.asked;
+      local.set("name", this.name);
+    }
     if (this.troubled) this.alarm("");
     this.troubled = false;
     this.say(`Saved ${moment(at)}, with ${duration(seconds)} of talk.`);

@@ -261,8 +261,12 @@ dom.tokenForm.addEventListener("submit", (event) => {
   loadModel();
 });
 dom.copy.addEventListener("click", async () => {
-  await navigator.clipboard.writeText(words.text);
-  status("The text is copied.");
+  try {
+    await navigator.clipboard.writeText(words.text);
+    status("The text is copied.");
+  } catch (error) {
+    alarm(`The text could not be copied: ${error.message}`); // not on http, nor if it was forbidden
+  }
 });
 navigator.mediaDevices?.addEventListener("devicechange", listDevices);
 document.addEventListener("visibilitychange", () => {

@@ -290,7 +290,16 @@ def test_outer_gradients_through_many_chunks(memory):
     assert_same_gradients(memory, *found, unreached=0.3)
 
 
-@every_memory
+@pytest.mark.parametrize(
+    "memory",
+    [
+        # every setting's gradients are compared with the definition's above
+        pytest.param(
+            m, marks=[pytest.mark.slow] * any(m.name == o.name for o in before), id=repr(m)
+        )
+        for m, before in ((m, MEMORIES_UNDER_TEST[:i]) for i, m in enumerate(MEMORIES_UNDER_TEST))
+    ],
+)
 def test_gradcheck(memory):
     size = dict(H=1, D=3)
     slow = make_slow(memory, C=2, **size)

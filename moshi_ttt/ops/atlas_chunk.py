@@ -11,7 +11,9 @@ By hand because autograd makes a tensor of the size of Y for every use of Y, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -89,13 +91,7 @@ class _Plain(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, go: Tensor, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         J, starts = ctx.J, ctx.starts
-        saved = list(ctx.saved_tensors)
-
-        def take(n: int) -> list[Tensor]:
-            out = saved[:n]
-            del saved[:n]
-            return out
-
+        take = partial(_take, iter(ctx.saved_tensors))
         state, start, _, gates = take(J), take(starts), take(5), Gates(*take(4))
         learned = Learned(take(J), take(J), take(2 * (J - 1)))
         layers, Z = [], []
@@ -113,6 +109,10 @@ class _Plain(torch.autograd.Function):
         gphi, gk, gv = _learn_backward(W, learned, gX, gU, gW)
         gq = go if J > 1 else None
         return None, None, *gY, *(gW if start else ()), gz, gq, gphi, gk, gv, *totals
+
+
+def _take(tensors: Iterator[Tensor], n: int) -> list[Tensor]:
+    return list(islice(tensors, n))
 
 
 def _forward(

@@ -85,11 +85,7 @@ class Grid:
         if max(m, default=0) == 0:
             n = 0
         slot = torch.arange(C, device=device)
-
-        def rows(x: Tensor) -> Tensor:  # one value per batch row -> [N, 1, 1]
-            return x.repeat_interleave(H).view(-1, 1, 1)
-
-        held = rows(pos % C) > slot.view(-1, 1) if any(p) else None
+        held = heads_of(pos % C, H) > slot.view(-1, 1) if any(p) else None
         shared = {"B": B, "H": H, "C": C, "n": n, "T": T, "pos": after, "held": held}
         shared["writes"] = frozenset(
             i
@@ -99,10 +95,10 @@ class Grid:
         if len(set(zip(at, m, strict=True))) == 1:
             return cls(start=p[0], frames=m[0], **shared)
         chunk = torch.arange(n, device=device).view(-1, 1, 1, 1)
-        end = rows(pos % C + length) - C * chunk
+        end = heads_of(pos % C + length, H) - C * chunk
         done = end >= C
         if write_every > 1:
-            done = done & ((rows(pos // C) + chunk + 1) % write_every == 0)
+            done = done & ((heads_of(pos // C, H) + chunk + 1) % write_every == 0)
         shared["done"] = done
         if len(set(zip(p, m, strict=True))) == 1:  # one place, but in different chunks
             return cls(start=p[0], frames=m[0], **shared)
@@ -191,6 +187,16 @@ class Grid:
         here = self.fresh[:, i * self.C : (i + 1) * self.C]
         here = here.repeat_interleave(self.H, 0).unsqueeze(-1)
         return here | self.held if i == 0 and self.held is not None else here
+
+
+def heads_of(x: Tensor, H: int) -> Tensor:
+    """One value per batch row, `[B]`, as `[N, 1, 1]`; reads nothing on the host."""
+    return x.repeat_interleave(H, output_size=H * x.shape[0]).view(-1, 1, 1)
+
+
+def rows_of(x: Tensor, B: int, dtype: torch.dtype) -> Tensor:
+    """Slow weights `[H, ...]` for every batch row, `[N, ...]`."""
+    return x.to(dtype).expand(B, *x.shape).flatten(0, 1)
 
 
 def position_scale(delta: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ is done at the end of every N-th chunk only, and the others leave W as it was.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moshi_ttt.ops.grid import Grid, position_scale
+from moshi_ttt.ops.grid import Grid, position_scale, rows_of
 from moshi_ttt.ops.norm import normalise, raised
 from moshi_ttt.ops.scan import scan
 from moshi_ttt.ops.stream import Fast, Slow, advance
@@ -122,20 +123,17 @@ def chunk(
         return q.new_zeros(q.shape, dtype=dtype), State(*(x.clone() for x in state))
     q, k, v = grid.lay(q.to(dtype)), grid.lay(k.to(dtype), state.k), grid.lay(v.to(dtype))
     eta = grid.lay(eta.to(dtype).unsqueeze(-1))
-
-    def per_row(x: Tensor) -> Tensor:  # [H, ...] -> [N, ...]
-        return x.to(dtype).expand(B, *x.shape).flatten(0, 1)
-
+    rows = partial(rows_of, B=B, dtype=dtype)
     o, (W1, b1), (g1,), _ = scan(
         grid,
         (q, k, v, eta),
         (
             position_scale(params.delta.to(dtype)),
-            per_row(params.gamma).unsqueeze(1),
-            per_row(params.beta).unsqueeze(1),
-            None if params.decay is None else per_row(params.decay).view(-1, 1, 1),
+            rows(params.gamma).unsqueeze(1),
+            rows(params.beta).unsqueeze(1),
+            None if params.decay is None else rows(params.decay).view(-1, 1, 1),
         ),
-        start=[per_row(params.W1), per_row(params.b1).unsqueeze(1)],
+        start=[rows(params.W1), rows(params.b1).unsqueeze(1)],
         weights=[state.W1.flatten(0, 1), state.b1.flatten(0, 1).unsqueeze(1)],
         held_g=[grid.keep_held(state.g1.flatten(0, 1))],
         held_x=[],

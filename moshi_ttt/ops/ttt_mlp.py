@@ -15,13 +15,15 @@ chunk, moved towards their start: `W <- W_{C-1} - decay (W_{C-1} - W0)`, all fou
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moshi_ttt.ops.grid import Grid, position_scale
+from moshi_ttt.ops.grid import Grid, position_scale, rows_of
 from moshi_ttt.ops.norm import gelu, normalise, raised
 from moshi_ttt.ops.scan import scan
 from moshi_ttt.ops.stream import Fast, Slow, advance
@@ -139,30 +141,29 @@ def chunk(
         return q.new_zeros(q.shape, dtype=dtype), State(*(x.clone() for x in state))
     q, k, v = grid.lay(q.to(dtype)), grid.lay(k.to(dtype), state.k), grid.lay(v.to(dtype))
     eta = grid.lay(eta.to(dtype).unsqueeze(-1))
-
-    def per_row(x: Tensor) -> Tensor:  # [H, ...] -> [N, ...]
-        return x.to(dtype).expand(B, *x.shape).flatten(0, 1)
-
-    def weights(*layers: Tensor) -> list[Tensor]:  # biases [N, F] -> [N, 1, F]
-        return [x.unsqueeze(1) if x.dim() == 2 else x for x in layers]
-
+    rows = partial(rows_of, B=B, dtype=dtype)
     o, new, g, x2 = scan(
         grid,
         (q, k, v, eta),
         (
             position_scale(params.delta.to(dtype)),
-            per_row(params.gamma).unsqueeze(1),
-            per_row(params.beta).unsqueeze(1),
-            None if params.decay is None else per_row(params.decay).view(-1, 1, 1),
+            rows(params.gamma).unsqueeze(1),
+            rows(params.beta).unsqueeze(1),
+            None if params.decay is None else rows(params.decay).view(-1, 1, 1),
         ),
-        start=weights(*(per_row(x) for x in params[:4])),
-        weights=weights(*(x.flatten(0, 1) for x in state[:4])),
+        start=_layers(rows(x) for x in params[:4]),
+        weights=_layers(x.flatten(0, 1) for x in state[:4]),
         held_g=[grid.keep_held(x.flatten(0, 1)) for x in (state.g1, state.g2)],
         held_x=[grid.keep_held(state.x2.flatten(0, 1))],
     )
     new += [grid.tail(k), g[0], *x2, g[1]]
     fields = [x.view_as(y) for x, y in zip(new, state[:-1], strict=True)]
     return grid.pick(o), State._make([*fields, grid.pos])
+
+
+def _layers(weights: Iterable[Tensor]) -> list[Tensor]:
+    """Weights as they are, biases `[N, F]` as `[N, 1, F]`."""
+    return [x.unsqueeze(1) if x.dim() == 2 else x for x in weights]
 
 
 @torch.no_grad()

@@ -290,17 +290,10 @@ def test_outer_gradients_through_many_chunks(memory):
     assert_same_gradients(memory, *found, unreached=0.3)
 
 
-@pytest.mark.parametrize(
-    "memory",
-    [
-        # every setting's gradients are compared with the definition's above
-        pytest.param(
-            m, marks=[pytest.mark.slow] * any(m.name == o.name for o in before), id=repr(m)
-        )
-        for m, before in ((m, MEMORIES_UNDER_TEST[:i]) for i, m in enumerate(MEMORIES_UNDER_TEST))
-    ],
-)
-def test_gradcheck(memory):
+@every_memory
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_gradcheck(memory, fast):
+    """Fast: along random directions; else every entry of the Jacobian."""
     size = dict(H=1, D=3)
     slow = make_slow(memory, C=2, **size)
     start = fast_state(memory, slow, a_state(memory, slow, [3, 2], **size))
@@ -329,7 +322,9 @@ def test_gradcheck(memory):
         o, end = call(tensors)
         return o, mix @ flat_state(end)
 
-    assert torch.autograd.gradcheck(function, inputs, eps=1e-6, atol=1e-6, rtol=1e-5)
+    assert torch.autograd.gradcheck(
+        function, inputs, eps=1e-6, atol=1e-6, rtol=1e-5, fast_mode=fast
+    )
 
 
 # 4. Segments.

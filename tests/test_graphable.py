@@ -61,22 +61,19 @@ def stream_two_rows(lm, frames=6, monitored=False):
 
 @every_memory
 @pytest.mark.parametrize("placement", ["parallel", "after_attention"])
-@pytest.mark.parametrize("persistent_states", [True, False])
-def test_a_streamed_frame_reads_nothing_on_the_host(family, placement, persistent_states):
-    stream_two_rows(
-        on_meta(memory=family, placement=placement, persistent_states=persistent_states)
-    )
+def test_a_streamed_frame_reads_nothing_on_the_host(family, placement):
+    """Nor does the monitor that looks on."""
+    stream_two_rows(on_meta(memory=family, placement=placement), monitored=True)
+
+
+@every_memory
+def test_a_fresh_state_for_every_frame_reads_nothing_either(family):
+    stream_two_rows(on_meta(memory=family, persistent_states=False))
 
 
 @pytest.mark.parametrize("family", ["ttt_linear", "ttt_mlp"])
 def test_a_streamed_frame_whose_chunk_may_not_be_written_reads_nothing_either(family):
     stream_two_rows(on_meta(memory=family, write_every=2))
-
-
-@every_memory
-@pytest.mark.parametrize("placement", ["parallel", "after_attention"])
-def test_a_monitored_frame_reads_nothing_either(family, placement):
-    stream_two_rows(on_meta(memory=family, placement=placement), monitored=True)
 
 
 @pytest.mark.parametrize("decision", ["at_boundary", "writes"])

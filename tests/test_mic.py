@@ -127,7 +127,7 @@ def one_talk(sound, checkpoint, tmp_path, spoken):
     return raw(tmp_path / "said.raw"), raw(tmp_path / "heard.raw"), raw(recorded), err()
 
 
-@pytest.mark.parametrize("seconds", [6, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [4, pytest.param(120, marks=pytest.mark.slow)])
 def test_what_is_spoken_is_heard_and_what_moshi_says_is_played(
     sound, checkpoint, tmp_path, seconds
 ):

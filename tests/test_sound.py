@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import types
 
 import numpy as np
@@ -285,6 +286,8 @@ class FakeSoundDevice(types.ModuleType):
                 callback(block, FRAME, 0, STATUS)
                 if block.any():
                     self.played.append(block.copy())
+                else:
+                    time.sleep(0.002)  # a thread that spins leaves the model no interpreter
             callback(block, FRAME, 0, STATUS)
             os.kill(os.getpid(), signal.SIGINT)
 

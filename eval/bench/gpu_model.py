@@ -71,10 +71,11 @@ SMALL = Shape(
     torch.float32,
     TTTConfig(memory="ttt_mlp", chunk_size=4),
     rank=4,
-    stream_frames=40,
+    stream_frames=20,
     compare_frames=26,
-    seconds=4.0,
+    seconds=2.0,
     max_batch=3,
+    steps=3,
 )
 
 
@@ -120,9 +121,9 @@ def synchronise(device: torch.device) -> None:
 
 
 def clean(device: torch.device) -> None:
-    """Give back what nobody holds, and start counting memory anew."""
-    gc.collect()
+    """Give back a GPU's memory that nobody holds, and start counting it anew."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 

@@ -180,9 +180,16 @@ def talk(folder, lm=None, mode="kept", plan=None, progress=None):
     return run_free(*parts, folder / "voice", progress)
 
 
-def test_it_samples_as_the_engine_does(tmp_path):
-    plan = plan_of()
-    run = talk(tmp_path, plan=plan)
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Where a run of nothing out of the ordinary has written, and the run."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("plain")
+    return folder, talk(folder)
+
+
+def test_it_samples_as_the_engine_does(plain):
+    folder, run = plain
     with Engine(hybrid(), small_mimi(), small_tokenizer(), rows=2, seed=3) as engine:
         said = [
             (f.tokens[:, 1], f.pcm.clone())
@@ -195,18 +202,19 @@ def test_it_samples_as_the_engine_does(tmp_path):
     assert len(np.unique(run.entropy)) > 40  # no copy of one number
     power = torch.stack([p.double().square().mean(1) for p in pcm], 1)
     assert np.array_equal(run.power, power.numpy())
-    assert run.files == [f"{tmp_path.name}/voice-{n}.{k}" for n in (1, 2) for k in ("flac", "txt")]
+    assert run.files == [f"{folder.name}/voice-{n}.{k}" for n in (1, 2) for k in ("flac", "txt")]
     for n in (1, 2):
-        kept, rate = soundfile.read(tmp_path / f"voice-{n}.flac", dtype="float32")
+        kept, rate = soundfile.read(folder / f"voice-{n}.flac", dtype="float32")
         assert rate == 24_000
         assert np.abs(kept - torch.cat(pcm, 1)[n - 1].clamp(-1, 1).numpy()).max() < 1e-4
-    assert (tmp_path / "voice-1.txt").read_text().startswith("[00:00.00]")
-    assert not list(tmp_path.glob("*.wav"))
+    assert (folder / "voice-1.txt").read_text().startswith("[00:00.00]")
+    assert not list(folder.glob("*.wav"))
     assert run.times.count == 24
 
 
-def test_how_the_memory_is_run(tmp_path):
-    kept, reset, off = (talk(tmp_path, mode=mode) for mode in ("kept", "reset", "off"))
+def test_how_the_memory_is_run(tmp_path, plain):
+    _, kept = plain
+    reset, off = (talk(tmp_path, mode=mode) for mode in ("reset", "off"))
     assert np.array_equal(kept.entropy[:, :19], reset.entropy[:, :19])
     assert (kept.entropy[:, 19] != reset.entropy[:, 19]).all()  # position 20, the window
     assert not np.array_equal(kept.codes, off.codes)
@@ -225,8 +233,9 @@ def test_how_the_memory_is_run(tmp_path):
         talk(tmp_path, mode="shuffled")
 
 
-def test_the_user_is_heard(tmp_path):
-    silent, spoken = (talk(tmp_path, plan=plan_of(heard=n)) for n in (0, 30_000))
+def test_the_user_is_heard(tmp_path, plain):
+    _, silent = plain
+    spoken = talk(tmp_path, plan=plan_of(heard=30_000))
     assert not np.array_equal(silent.entropy, spoken.entropy)
 
 
@@ -234,7 +243,7 @@ class Stop(Exception):
     pass
 
 
-def test_the_model_is_left_as_it_was_and_a_killed_run_keeps_what_it_has(tmp_path):
+def test_the_model_is_left_as_it_was_and_a_killed_run_keeps_what_it_has(tmp_path, plain):
     lm, count = hybrid(), 0
     attach_ttt_states(lm, 2)
 
@@ -264,11 +273,11 @@ def test_the_model_is_left_as_it_was_and_a_killed_run_keeps_what_it_has(tmp_path
     assert not lm.is_streaming
     assert not lm._streaming_detached
     assert not lm.linears[0]._forward_hooks
-    fresh = talk(tmp_path / "fresh")
+    folder, fresh = plain
     for kind in ("codes", "entropy", "power"):
         assert np.array_equal(getattr(first, kind), getattr(fresh, kind))
     for file in ("voice-1.flac", "voice-2.txt"):
-        assert (tmp_path / file).read_bytes() == (tmp_path / "fresh" / file).read_bytes()
+        assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
     other = talk(tmp_path, plan=replace(plan_of(), seed=4))
     assert not np.array_equal(first.codes, other.codes)
 
@@ -331,6 +340,7 @@ def test_end_to_end(work, capsys, tmp_path):
     assert (out / "generate.png").stat().st_size > 10_000
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_checkpoint_without_memory(work, capsys, tmp_path):
     out = str(tmp_path / "o")
     main(["--checkpoint", "lora", *SHORT[2:], "--streams", "1", "--temp", "1", "--out", out])

@@ -22,7 +22,7 @@ from tests.finetune.test_loss import batch, segment
 from tests.small import small_hybrid
 
 ARMS = (KEPT, RESET, SHUFFLED, OFF)
-LENGTHS = (37, 20, 41, 33, 20, 9)
+LENGTHS = (29, 17, 34, 25, 17, 9)
 
 
 def make_items(*lengths, seed=1):
@@ -160,10 +160,23 @@ class Stop:
             raise self.error
 
 
-@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(
-    ("where", "arm", "at"),
-    [("model", KEPT, 8), ("progress", SHUFFLED, 12), ("done", RESET, 0), ("progress", OFF, 8)],
+    ("where", "arm", "at", "rows"),
+    [
+        ("model", KEPT, 8, 1),
+        ("progress", SHUFFLED, 12, 3),
+        ("done", RESET, 0, 3),
+        ("progress", OFF, 8, 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("model", KEPT, 8, 3),
+                ("progress", SHUFFLED, 12, 1),
+                ("done", RESET, 0, 1),
+                ("progress", OFF, 8, 3),
+            )
+        ),
+    ],
 )
 def test_after_an_error_nothing_has_changed_and_it_goes_on(tmp_path, where, arm, at, rows):
     """What was scored is kept and not scored again; the rest comes out as without the error."""

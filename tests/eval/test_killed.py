@@ -20,6 +20,7 @@ from moshi_ttt.config import TTTConfig
 from moshi_ttt.hybrid import splice
 from moshi_ttt.tiny import build_base
 from tests.eval.test_panel import speak
+from tests.eval.undrawn import leave_undrawn
 from tests.small import randomise_memories
 
 ROOT = Path(__file__).parents[2]
@@ -83,10 +84,12 @@ def whole(work):
     """Where an uninterrupted run has written."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(work)
+        leave_undrawn(patch)
         main(options("whole"))
     return work / "whole"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_killed_and_started_again_is_as_undisturbed(work, whole, tmp_path, monkeypatch):
     monkeypatch.chdir(work)
     out, undisturbed = tmp_path / "o", written(whole)
@@ -113,6 +116,7 @@ def test_killed_and_started_again_is_as_undisturbed(work, whole, tmp_path, monke
     )
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_other_weights_in_the_same_folder_have_their_own_numbers(
     work, whole, tmp_path, monkeypatch
 ):

@@ -12,11 +12,11 @@ SMALL = ["--heads", "1", "--width", "16", "--chunk-size", "8", "--rounds", "1"]
 
 
 def test_the_table_is_written(tmp_path, capsys):
-    lact.main([*SMALL, "--frames", "512", "128", "--out", str(tmp_path)])
+    lact.main([*SMALL, "--frames", "256", "64", "--out", str(tmp_path)])
     found = json.loads((tmp_path / "lact_backward.json").read_text())
     assert {"commit", "machine", "versions", "command", "date"} < set(found)
     short, long = found["rows"]
-    assert (short["frames"], long["frames"]) == (128, 512)
+    assert (short["frames"], long["frames"]) == (64, 256)
     for row in (short, long):
         assert row["ours"]["saved"] < row["checkpoint"]["saved"] < row["plain"]["saved"]
         assert row["ours"]["alive"] < row["plain"]["alive"]
@@ -26,7 +26,7 @@ def test_the_table_is_written(tmp_path, capsys):
             assert error["gradients"] <= 1e-5
     page = (tmp_path / "lact_backward.md").read_text()
     assert page.startswith(capsys.readouterr().out)
-    for text in ("| 512 | checkpoint | ", "- commit: `", "- command: `python -m eval.bench.lact"):
+    for text in ("| 256 | checkpoint | ", "- commit: `", "- command: `python -m eval.bench.lact"):
         assert text in page
 
 

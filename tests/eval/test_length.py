@@ -144,6 +144,7 @@ def test_the_command_uses_the_runs_own_configuration(run, monkeypatch, capsys):
         length.main(["--out", str(out), "--device", "cpu"])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_speakers_recording_that_is_long_enough_is_taken(run, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(run)
     for i in range(7):
@@ -158,6 +159,7 @@ def test_a_speakers_recording_that_is_long_enough_is_taken(run, monkeypatch, tmp
     assert "7 of 14 recordings are shorter than 1.6 s and left out" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_checkpoint_that_lies_alone_needs_to_be_told(run, monkeypatch, tmp_path):
     monkeypatch.chdir(run)
     base = find_base(run / "base")
@@ -165,6 +167,7 @@ def test_a_checkpoint_that_lies_alone_needs_to_be_told(run, monkeypatch, tmp_pat
     add_lora(lm, 2, 2.0)
     save_checkpoint(lm, tmp_path / "alone", base)
     options = ["--checkpoint", str(tmp_path / "alone"), "--data", "speech", "--device", "cpu"]
+    options += ["--encode-workers", "1"]
     with pytest.raises(UserError, match="does not say how long a training segment was"):
         length.main(options)
     with pytest.raises(UserError, match=r"--wandb p: .* is not in a run's folder"):
@@ -188,6 +191,7 @@ def test_a_model_whose_output_is_no_number_is_said_and_the_others_are_scored(
             weight.data.fill_(float("nan"))
     save_checkpoint(lm, tmp_path / "nan", base)
     options = ["--checkpoint", str(tmp_path / "nan"), "--data", "speech", "--device", "cpu"]
+    options += ["--encode-workers", "1"]
     with pytest.raises(SystemExit) as left:
         length.main([*options, "--segment-seconds", "0.2", "--out", str(tmp_path / "o")])
     assert left.value.code == 1

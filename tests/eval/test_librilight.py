@@ -71,7 +71,7 @@ def run(*options):
 
 
 def test_end_to_end(work, capsys):
-    run("--baseline", f"{A},{LORA}", "--frames-per-call", "7")
+    run("--baseline", f"{A},{LORA}", "--frames-per-call", "13")
     said = capsys.readouterr().out
     assert "runs/b/checkpoints/checkpoint_000020/consolidated, the newest under runs/" in said
     assert "7 recordings, 182 frames" in said
@@ -107,7 +107,8 @@ def test_end_to_end(work, capsys):
     assert results["side"] == "moshi"
     before = json.dumps(results["arms"]["kept"]["recordings"])
 
-    run("--max-items", "2", "--max-minutes", str(1.7 / 60), "--rows", "2")
+    few = ["--max-items", "2", "--max-minutes", str(1.7 / 60), "--rows", "2"]
+    run(*few, "--arms", "kept,shuffled")
     fewer = json.loads((work / "runs/eval/b-20-2/results.json").read_text())
     assert [i["frames"] for i in fewer["items"]] == [22, 22]
     for name, found in fewer["arms"]["kept"]["recordings"].items():
@@ -118,6 +119,7 @@ def test_end_to_end(work, capsys):
     assert re.search(r"codes: (\d) of \1 audio files are in data/codes already", said)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_checkpoint_without_memory_against_its_base(work, capsys, tmp_path):
     run("--checkpoint", "runs/lora/checkpoints/checkpoint_000010", "--out", str(tmp_path / "o"))
     results = json.loads((tmp_path / "o/results.json").read_text())
@@ -128,6 +130,7 @@ def test_a_checkpoint_without_memory_against_its_base(work, capsys, tmp_path):
     )
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_fully_finetuned_model_is_compared_with_others_of_its_base(work, tmp_path):
     base = find_base(work / "base")
     lm = load_base(base, dtype=torch.float32)
@@ -153,6 +156,7 @@ def test_a_fully_finetuned_model_is_compared_with_others_of_its_base(work, tmp_p
         run("--checkpoint", A, "--baseline", full, "--out", str(tmp_path / "q"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_manifest_and_the_users_side(work, tmp_path):
     speak(tmp_path / "a.wav", 1.8, channels=2)
     (tmp_path / "m.jsonl").write_text(json.dumps({"path": "a.wav", "duration": 1.8}))
@@ -204,6 +208,7 @@ def copy_speech(work, folder):
     return folder / "speech/small"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_cannot_be_read_is_named_counted_and_left_out(work, capsys, tmp_path):
     small = copy_speech(work, tmp_path)
     header, samples, beside = (small / f"{i}/book/part_1.flac" for i in (1, 3, 5))
@@ -236,6 +241,7 @@ def test_nothing_that_can_be_read_writes_nothing(work, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_stored_codes_are_scored_and_a_broken_one_is_left_out(work, capsys, tmp_path):
     manifest = tmp_path / "ll.jsonl"
     librilight.prepare("speech", manifest)
@@ -264,8 +270,9 @@ def test_stored_codes_are_scored_and_a_broken_one_is_left_out(work, capsys, tmp_
     assert "is not what was written" in results["failed"][0]["reason"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_it_goes_on_where_it_was(work, capsys, tmp_path, monkeypatch):
-    out = tmp_path / "out"
+    out, few = tmp_path / "out", ["--arms", "base,kept,shuffled"]
     put, calls = Keep.put, []
 
     def dies(self, name, found):
@@ -277,12 +284,12 @@ def test_it_goes_on_where_it_was(work, capsys, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Keep, "put", dies)
         with pytest.raises(KeyboardInterrupt):
-            run("--out", str(out))
+            run(*few, "--out", str(out))
     assert not (out / "results.json").exists()
     capsys.readouterr()
-    run("--out", str(out))
-    assert f"10 of 42 scores were in {out}/nll already" in capsys.readouterr().out
-    run("--out", str(tmp_path / "whole"))
+    run(*few, "--out", str(out))
+    assert f"10 of 21 scores were in {out}/nll already" in capsys.readouterr().out
+    run(*few, "--out", str(tmp_path / "whole"))
     one, other = (
         json.loads((folder / "results.json").read_text()) for folder in (out, tmp_path / "whole")
     )
@@ -305,11 +312,12 @@ def test_a_model_that_is_broken(work, capsys, tmp_path):
         for layer in loaded.lm.transformer.layers:
             layer.seq_modeling_block.gate.fill_(float("nan"))
     save_checkpoint(loaded.lm, tmp_path / "broken", loaded.base)
+    options = ["--checkpoint", str(tmp_path / "broken"), "--arms", "base,kept,reset"]
     with pytest.raises(SystemExit) as stopped:
-        run_cli(lambda: run("--checkpoint", str(tmp_path / "broken"), "--out", str(tmp_path / "o")))
+        run_cli(lambda: run(*options, "--out", str(tmp_path / "o")))
     assert stopped.value.code == 1
     said = capsys.readouterr().out
-    assert "28 scores are no number" in said
+    assert "14 scores are no number" in said
     assert "memory kept, 3/book: the NLL of codebook" in said
     assert "No verdict: from 1x to 4x of the window" in said
     results = json.loads((tmp_path / "o/results.json").read_text())

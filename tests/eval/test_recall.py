@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -275,11 +276,12 @@ def test_end_to_end(work, capsys):
     hearings = sequences_of(work, results)
     loaded, base = load("runs/a/checkpoints/checkpoint_000010").lm, find_base("base")
     stock = load_base(base, dtype=torch.float32)
-    check(results, "base", hearings, lambda codes: score(stock, codes))
-    check(results, "kept", hearings, lambda codes: score(loaded, codes))
-    check(results, "reset", hearings, lambda codes: score(loaded, codes, reset_every=WINDOW))
+    by_score = partial(partial, score, rows=7)
+    check(results, "base", hearings, by_score(stock))
+    check(results, "kept", hearings, by_score(loaded))
+    check(results, "reset", hearings, by_score(loaded, reset_every=WINDOW))
     with writing_off(loaded):
-        check(results, "off", hearings, lambda codes: score(loaded, codes))
+        check(results, "off", hearings, by_score(loaded))
 
 
 def sequences_of(work, results):
@@ -317,6 +319,7 @@ def check(results, arm, hearings, scored):
                 assert found[measure]["codebook0"][k] == pytest.approx(value, abs=2e-5)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_it_goes_on_where_it_was(work, capsys, tmp_path):
     out = tmp_path / "o"
     few = ["--out", str(out), "--max-items", "3", "--delays", "1"]
@@ -373,7 +376,7 @@ def test_a_recording_that_cannot_be_read(work, capsys, tmp_path):
     broken = tmp_path / "speech/small/3/book/part_1.flac"
     broken.write_bytes(b"not audio")
     with pytest.raises(SystemExit) as stopped:
-        run("--data", str(tmp_path / "speech"), "--out", str(tmp_path / "o"))
+        run("--data", str(tmp_path / "speech"), "--delays", "1", "--out", str(tmp_path / "o"))
     assert stopped.value.code == 1
     said = capsys.readouterr().out
     assert "NOT ALL IS THERE: 1 recordings could not be read" in said

@@ -43,7 +43,7 @@ def test_a_memory_that_grows_faster_ends_in_status_1(tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(segment_length, "count", steep)
     with pytest.raises(SystemExit) as stopped:
-        segment_length.main([*TINY, "--out", str(tmp_path)])
+        segment_length.main([*TINY, "--memories", "ttt_linear", "--out", str(tmp_path)])
     assert stopped.value.code == 1
     assert "faster than the base's" in capsys.readouterr().err
     assert "| NO |" in (tmp_path / "segment_length.md").read_text()

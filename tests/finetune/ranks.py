@@ -9,10 +9,12 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import Any
 from unittest import mock
 
 import torch
+import torch._dynamo  # by the first step of an optimizer, 2 s in every process
 
 import finetune.train
 from finetune.loss import LossWeights, TeacherForced
@@ -29,6 +31,9 @@ from tests.small import START, small_hybrid
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.finetune.ranks"])
 
+_ranks: list[tuple[Any, Connection]] = []
+"""Processes that stay for the next job: what a first one costs in a process is paid once."""
+
 
 def _free_port() -> int:
     with socket.socket() as found:
@@ -36,45 +41,51 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-def _child(
-    queue: Any, env: dict[str, str], work: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
-    os.environ.update(env)
+def _serve(jobs: Connection) -> None:
     torch.set_num_threads(1)
-    rank = int(env["RANK"])
-    try:
-        queue.put((rank, None, work(*args)))
-    except BaseException as error:
-        queue.put((rank, f"{type(error).__name__}: {error}\n{traceback.format_exc()}", None))
+    while True:
+        try:
+            env, work, args = jobs.recv()
+        except EOFError:
+            return
+        os.environ.update(env)
+        try:
+            jobs.send((None, work(*args)))
+        except BaseException as error:
+            jobs.send((f"{type(error).__name__}: {error}\n{traceback.format_exc()}", None))
+
+
+def _start() -> tuple[Any, Connection]:
+    jobs, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    return process, jobs
 
 
 def on_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """What `work(*args)` gives on each of `size` ranks; an error of any is raised."""
-    queue, port = CONTEXT.Queue(), str(_free_port())
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
-    processes = [
-        CONTEXT.Process(
-            target=_child,
-            args=(queue, env | {"RANK": str(r), "LOCAL_RANK": str(r)}, work, args),
-        )
-        for r in range(size)
-    ]
-    for process in processes:
-        process.start()
+    _ranks.extend(_start() for _ in range(size - len(_ranks)))
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(size)}
+    found = []
     try:
-        found = sorted((queue.get(timeout=120) for _ in range(size)), key=lambda f: f[0])
-    finally:
-        for process in processes:
-            process.join(5)
+        for rank, (_, jobs) in enumerate(_ranks[:size]):
+            jobs.send((env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, work, args))
+        for _, jobs in _ranks[:size]:
+            found.append(jobs.recv() if jobs.poll(120) else ("no answer in 120 s", None))
+        errors = [error for error, _ in found if error]
+        if errors:
+            raise AssertionError("\n".join(errors))
+    except BaseException:  # a group of processes that is broken is of no use to the next job
+        for process, _ in _ranks:
             process.kill()
-    errors = [error for _, error, _ in found if error]
-    if errors:
-        raise AssertionError("\n".join(errors))
-    return [value for _, _, value in found]
+        _ranks.clear()
+        raise
+    return [value for _, value in found]
 
 
 def train(config: str, keys: dict[str, Any], double: bool = False) -> None:
-    """A run of the trainer, in float64 if asked."""
+    """A run of the trainer, in float64 if asked, without pictures."""
     build = finetune.train.build_model
 
     def in_double(*given: Any) -> Any:
@@ -82,6 +93,7 @@ def train(config: str, keys: dict[str, Any], double: bool = False) -> None:
         return lm.double(), done
 
     with ExitStack() as stack:
+        stack.enter_context(mock.patch("finetune.train.plot_curves"))
         if double:
             stack.enter_context(mock.patch("finetune.train.build_model", in_double))
         finetune.train.train(config, **keys)

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import soundfile
@@ -76,10 +78,14 @@ class World:
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
 
-    def run(self, run_dir: Path, **overrides) -> Path:
-        """Train in this process; keys as on the command line, `__` for a dot."""
+    def run(self, run_dir: Path, *, drawn: bool = False, **overrides) -> Path:
+        """Train in this process; keys as on the command line, `__` for a dot.
+
+        Without its curves unless they are to be `drawn`: they take as long as all the rest.
+        """
         keys = {k.replace("__", "."): v for k, v in overrides.items()}
-        train(str(self.config), **{"run_dir": str(run_dir), **keys})
+        with nullcontext() if drawn else mock.patch("finetune.train.plot_curves"):
+            train(str(self.config), **{"run_dir": str(run_dir), **keys})
         return run_dir
 
 

@@ -1,4 +1,4 @@
-"""The trainer and its lanes: a thousand steps, the memory's schedule, what can be switched off."""
+"""The trainer and its lanes: many steps, the memory's schedule, what can be switched off."""
 
 import gc
 import json
@@ -29,8 +29,10 @@ def held() -> int:
     return sum({s.data_ptr(): s.nbytes() for s in alive}.values())
 
 
-@pytest.mark.parametrize(("steps", "linked"), [(1000, 1), (100, 2)])
-def test_a_thousand_steps_take_no_more_memory_than_the_first_ones(steps, linked):
+@pytest.mark.parametrize(
+    ("steps", "linked"), [(80, 1), (40, 2), pytest.param(1000, 1, marks=pytest.mark.slow)]
+)
+def test_many_steps_take_no_more_memory_than_the_first_ones(steps, linked):
     """States passed, never reset: no graph hangs on, and no second backward through one."""
     lm = small_hybrid(lm={"num_layers": 1, "depformer_num_layers": 1, "context": 6})
     carry_kv(lm)

@@ -30,7 +30,7 @@ MLP, LINEAR, LACT, ATLAS = (
 )
 BASE = TrainArgs(
     data=DataArgs(train_data="random"), run_dir="none", lora=LoraArgs(enable=True, rank=4),
-    ttt=MLP, duration_sec=4.0, batch_size=2, gradient_checkpointing=False,
+    ttt=MLP, duration_sec=2.0, batch_size=2, gradient_checkpointing=False,
 )  # fmt: skip
 NO_LORA = LoraArgs()
 CASES = {
@@ -44,13 +44,16 @@ CASES = {
     "carry_kv, checkpointing": {"carry_kv": True, "gradient_checkpointing": True},
     "2 segments": {"tbptt_segments": 2},
     "2 segments, all": {
-        "tbptt_segments": 2, "carry_kv": True, "gradient_checkpointing": True, "num_microbatches": 2
+        "tbptt_segments": 2, "carry_kv": True, "gradient_checkpointing": True,
+        "num_microbatches": 2, "duration_sec": 4.0,
     },
     "memory only": {"lora": NO_LORA},
     "memory only, last layer": {"lora": NO_LORA, "ttt": replace(MLP, layers=(1,))},
     "memory only, checkpointing": {"lora": NO_LORA, "gradient_checkpointing": True},
     "linear": {"ttt": LINEAR},
-    "linear, checkpointing": {"ttt": LINEAR, "gradient_checkpointing": True},
+    "linear, checkpointing": {
+        "ttt": LINEAR, "gradient_checkpointing": True, "duration_sec": 4.0
+    },
     "after attention": {"ttt": replace(MLP, placement="after_attention", chunk_size=16)},
     "narrow heads": {"ttt": replace(MLP, head_dim=16, conv_width=1)},
     "shared projection": {"ttt": replace(MLP, projection="shared")},
@@ -68,19 +71,21 @@ CASES = {
     },
     "lact, plain": {"ttt": replace(LACT, muon=False, momentum=False, conv_width=4)},
     "lact, shared projection": {"ttt": replace(LACT, projection="shared")},
-    "lact, long": {"ttt": replace(LACT, chunk_size=20), "duration_sec": 16.0},
+    "lact, long": {"ttt": replace(LACT, chunk_size=20), "duration_sec": 8.0},
     "lact, memory only": {"ttt": replace(LACT, projection="shared"), "lora": NO_LORA},
     "atlas": {"ttt": ATLAS},
     "atlas, checkpointing": {"ttt": ATLAS, "gradient_checkpointing": True},
     "atlas, linear": {"ttt": replace(ATLAS, deep=False, window=1, polynomial="none")},
     "atlas, muon": {
-        "ttt": replace(ATLAS, muon=True, placement="after_attention"), "duration_sec": 2.0
+        "ttt": replace(ATLAS, muon=True, placement="after_attention"), "duration_sec": 1.2
     },
     "atlas, muon, checkpointing": {
-        "ttt": replace(ATLAS, muon=True), "gradient_checkpointing": True, "duration_sec": 2.0
+        "ttt": replace(ATLAS, muon=True), "gradient_checkpointing": True, "duration_sec": 1.2
     },
     "atlas, outer": {"ttt": replace(ATLAS, polynomial="outer", outer_rank=8)},
-    "atlas, 2 segments": {"ttt": ATLAS, "tbptt_segments": 2, "gradient_checkpointing": True},
+    "atlas, 2 segments": {
+        "ttt": ATLAS, "tbptt_segments": 2, "gradient_checkpointing": True, "duration_sec": 4.0
+    },
     "lact, 2 segments": {"ttt": LACT, "tbptt_segments": 2},
     "no memory": {"ttt": None},
     "no memory, checkpointing": {"ttt": None, "gradient_checkpointing": True},
@@ -205,7 +210,7 @@ def test_in_bfloat16_too(name):
 def test_gradients_of_the_only_micro_batch_come_one_after_the_other():
     """The estimate has all of them there from the start, as they are for every later one."""
     values = {"lora": NO_LORA, "full_finetuning": True, "ttt": None, "gradient_checkpointing": True}
-    args = replace(BASE, **values)
+    args = replace(BASE, duration_sec=4.0, **values)
     need, real = estimate(CONFIG, args, 4), measure(args, 4)
     assert real.total < need.total
     assert close(need.total - need.gradients, real.total)

@@ -84,7 +84,7 @@ def total(world, **values):
 
 def test_what_makes_a_run_larger_or_smaller(world):
     """Of the 7B; every one of these is some hundred megabytes, at least."""
-    least = {"batch_size": 1, "duration_sec": 80, "ttt.layers": "every:4"}
+    least = {"batch_size": 1, "duration_sec": 80, "ttt.layers": "every:4", "ttt.chunk_size": 50}
     run = total(world, **least)
     for more in (
         {"batch_size": 2}, {"duration_sec": 160}, {"lora.rank": 64}, {"ttt.layers": "every:2"},

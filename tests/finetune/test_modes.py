@@ -86,9 +86,9 @@ def test_each_mode_trains_and_saves_what_it_says(world, tmp_path, seen, mode):
 @pytest.mark.parametrize("manifest", ["stereo", "mono"])
 @pytest.mark.parametrize("side", ["moshi", "user"])
 def test_stereo_and_mono_with_words_and_without(world, tmp_path, manifest, side):
-    run = world.run(
-        tmp_path / "run", data__train_data=str(world / f"{manifest}.jsonl"), data__mono_side=side
-    )
+    data = {"data__train_data": str(world / f"{manifest}.jsonl"), "data__mono_side": side}
+    run = world.run(tmp_path / "run", drawn=side == "user", **data)
+    assert (run / "curves.png").is_file() == (side == "user")
     found = lines(run)
     assert len(found) == 2
     for line in found:

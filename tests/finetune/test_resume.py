@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -26,8 +27,8 @@ from tests.finetune.small_run import LORA_ONLY, checkpoint, lines, weights
 from tests.small import small_lm, small_tokenizer
 
 RUN = {
-    "max_steps": 14, "num_microbatches": 2, "tbptt_segments": 2, "carry_kv": True, "ckpt_freq": 1,
-    "state_reset_interval": 6, "data.shuffle": True, "num_ckpt_keep": 2, "log_freq": 1,
+    "max_steps": 10, "num_microbatches": 2, "tbptt_segments": 2, "carry_kv": True, "ckpt_freq": 1,
+    "state_reset_interval": 4, "data.shuffle": True, "num_ckpt_keep": 2, "log_freq": 1,
     "memory_start_step": 2,
 }  # fmt: skip
 PASSING = {"seconds", "tokens_per_second", "peak_memory"}
@@ -35,7 +36,10 @@ PASSING = {"seconds", "tokens_per_second", "peak_memory"}
 
 
 def command_line(said: str, argv: list[str]) -> None:
-    """`python -m finetune.train ARGV` in a process that has imported it, output to a file."""
+    """`python -m finetune.train ARGV` in a process that has imported it, output to a file.
+
+    Without its curves, which are drawn elsewhere.
+    """
     import finetune.train
 
     out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -45,7 +49,8 @@ def command_line(said: str, argv: list[str]) -> None:
     sys.stderr = open(2, "w", closefd=False)
     torch.set_num_threads(1)
     sys.argv = ["train", *argv]
-    finetune.train.main()
+    with mock.patch("finetune.train.plot_curves"):
+        finetune.train.main()
 
 
 class Started:
@@ -63,7 +68,7 @@ class Started:
         for _ in range(100_000):
             if happened() or not self.process.is_alive():
                 return
-            self.process.join(0.001)
+            self.process.join(0.002)
 
     def steps(self) -> int:
         """Steps in the log."""
@@ -133,7 +138,7 @@ def test_killed_at_ten_moments_it_goes_on(world, whole, tmp_path):
             run.until(lambda: list(saves.glob("*.tmp")))  # a save is going on
             run.process.join(rng.uniform(0, 0.02))
         else:
-            run.process.join(rng.uniform(0.5, 2.0))
+            run.process.join(rng.uniform(0.2, 1.2))
         status = run.end(signal.SIGKILL)
         if status == 0:  # it was faster
             shutil.rmtree(tmp_path / "run")
@@ -226,9 +231,9 @@ def test_a_folder_is_held_against_a_second_process(world, tmp_path):
 
 @pytest.fixture
 def stopped(whole, tmp_path):
-    """The whole run as it was after step 13."""
+    """The whole run as it was after step 9."""
     shutil.copytree(whole, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint_000014")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint_000010")
     (tmp_path / "run" / "summary.txt").unlink()
     return tmp_path / "run"
 
@@ -243,12 +248,12 @@ def test_without_resume_an_unfinished_run_is_refused(world, stopped):
 
 
 def test_a_named_checkpoint_goes_on_in_a_folder_of_its_own(world, whole, stopped, tmp_path):
-    for name in (stopped, stopped / "checkpoints" / "checkpoint_000013"):
+    for name in (stopped, stopped / "checkpoints" / "checkpoint_000009"):
         other = tmp_path / f"other{len(name.parts)}"
         resume(world, other, str(name))
         found = weights(other)
         assert all(torch.equal(found[k], want) for k, want in weights(whole).items())
-        assert [line["step"] for line in lines(other)] == [14]
+        assert [line["step"] for line in lines(other)] == [10]
     with pytest.raises(UserError, match="no run or checkpoint with a state"):
         find_state(str(tmp_path))
     with pytest.raises(UserError, match="no run or checkpoint with a state"):
@@ -259,7 +264,7 @@ def test_a_named_checkpoint_goes_on_in_a_folder_of_its_own(world, whole, stopped
     ("keys", "message"),
     [
         ({"optim__lr": 5e-3}, r"optim\.lr: 0\.001, now 0\.005"),
-        ({"max_steps": 20}, "max_steps: 14, now 20"),
+        ({"max_steps": 20}, "max_steps: 10, now 20"),
         ({"seed": 5}, "seed: 0, now 5"),
         ({"carry_kv": False}, "carry_kv: True, now False"),
         ({"ttt__chunk_size": 8}, "chunk_size: 4, now 8"),
@@ -297,15 +302,15 @@ def test_checkpoints_of_later_steps_are_made_again(world, whole, tmp_path, capsy
     shutil.copytree(whole, run)
     (run / "summary.txt").unlink()
     (run / "checkpoints" / "checkpoint_000099.tmp").mkdir()  # of a save that was killed
-    resume(world, run, str(run / "checkpoints" / "checkpoint_000013"))
-    assert "checkpoint_000014 is of a later step: removed" in capsys.readouterr().out
+    resume(world, run, str(run / "checkpoints" / "checkpoint_000009"))
+    assert "checkpoint_000010 is of a later step: removed" in capsys.readouterr().out
     assert_the_same(run, whole)
 
 
 def test_checkpoints_without_a_state_are_not_trained_over(world, stopped):
     shutil.rmtree(newest_state(stopped))
     shutil.rmtree(newest_state(stopped) or stopped / "nothing", ignore_errors=True)
-    with pytest.raises(UserError, match="checkpoint_000013 holds no state to go on from"):
+    with pytest.raises(UserError, match="checkpoint_000009 holds no state to go on from"):
         resume(world, stopped)
 
 

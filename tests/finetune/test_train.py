@@ -45,7 +45,8 @@ def test_evaluation_during_training_changes_nothing(world, tmp_path, monkeypatch
     off = world.run(tmp_path / "off", **EVAL | mode | {"do_eval": False})
     assert not lanes
     panel = {"eval__librilight_data": str(world / "panel.jsonl")}
-    on = world.run(tmp_path / "on", **EVAL | mode | panel)
+    on = world.run(tmp_path / "on", drawn=True, **EVAL | mode | panel)
+    assert (on / "curves.png").is_file()
     assert lanes == [0 if mode is LORA_ONLY else 2] * 3
     want, got = weights(off), weights(on)
     assert want.keys() == got.keys()
@@ -82,7 +83,7 @@ def test_what_is_scored_is_what_is_saved(world, tmp_path, monkeypatch):
     monkeypatch.setattr(after.Evaluation, "final", watched)
     assert EvalArgs().eval_after_training
     overrides = {"optim__pct_start": 0.9, "eval__eval_after_training": True, "max_steps": 3}
-    run = world.run(tmp_path / "run", **overrides)
+    run = world.run(tmp_path / "run", drawn=True, **overrides)
     assert torch.equal(*found[0])
     arms = {k for line in lines(run, "final") for k in line}
     assert {"base", "kept", "reset"} <= {k.split("_")[0] for k in arms}

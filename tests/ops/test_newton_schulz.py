@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from moshi_ttt.ops.newton_schulz import newton_schulz, newton_schulz_trace, newton_schulz_vjp
 
@@ -11,6 +12,11 @@ SHAPES = [(5, 5), (4, 9), (9, 4), (2, 3, 6, 4), (1, 1)]
 def rand(*shape, seed=0, dtype=torch.float64):
     gen = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=gen, dtype=torch.float64).to(dtype)
+
+
+def test_shapes_are_checked_in_the_tests_of_the_ops():
+    with pytest.raises(TypeCheckError, match="batch m n"):
+        newton_schulz(rand(3))
 
 
 @pytest.mark.parametrize("shape", [(48, 48), (16, 64), (64, 16), (2, 3, 24, 16)])

@@ -29,7 +29,7 @@ def _heldout(count, seconds):
 
 
 def test_level_rhythm_and_codes_on_held_out_speech(mimi):
-    found = measure_codec(mimi, _heldout(5, 60))
+    found = measure_codec(mimi, _heldout(5, 30))
     assert abs(found["level_db"]) < 2
     assert found["envelope"] > 0.9
     assert found["silence_dbfs"] < -50
@@ -98,7 +98,7 @@ def test_the_script_runs_and_its_codec_loads(mimi, tmp_path):
 
 
 def test_remembering_pays_on_this_corpus():
-    found = report(train=3, heldout=2)
+    found = report(train=1, heldout=2)
     for stretch in ("1 to 4", "4 to 10", "20 to 59"):
         kept, reset = found["windows"][stretch]
         assert kept < reset - 0.5

@@ -1,6 +1,7 @@
 """The corpus: alignments, privacy of the splits, determinism, re-use."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +153,8 @@ def test_the_same_seed_gives_the_same_bytes(corpus, tmp_path):
     assert found.keys() == again.keys()
 
 
-def test_a_corpus_is_reused_resumed_and_never_mixed(tmp_path):
+def test_a_corpus_is_reused_resumed_and_never_mixed(corpus, tmp_path):
+    shutil.copytree(corpus[0], tmp_path, dirs_exist_ok=True)
     found = make_corpus(tmp_path, SMALL, workers=1)
     wavs = sorted((tmp_path / "train").glob("*.wav"))
     before = [p.stat().st_mtime_ns for p in wavs]

@@ -15,7 +15,7 @@ import pytest
 from moshi_ttt.kept import Kept
 from moshi_ttt.web.hear import Ears
 from moshi_ttt.web.limits import Bucket, Limits
-from tests.web.served import alone, noise, served, talking, until
+from tests.web.served import alone, noise, run, served, talking, until
 from tests.web.test_limits import ogg_page, ogg_pages
 
 ROWS, ATTACKERS = 4, 5
@@ -239,8 +239,8 @@ def test_nothing_that_is_sent_ends_the_process_or_touches_another(
     monkeypatch.setattr(Ears, "hear", counted)
     frames = noise(messages // 400)
     wanted, _ = alone(frames, rows=ROWS)
-    attacked = run(lambda: heard[0] >= messages, seed, frames, Kept(tmp_path / "kept"))
-    said, ended, refused = asyncio.run(attacked)
+    session = attacked(lambda: heard[0] >= messages, seed, frames, Kept(tmp_path / "kept"))
+    said, ended, refused = run(session)
     assert np.array_equal(said, wanted)
     assert heard[0] >= messages
     problems = [r for r in caplog.records if r.levelno >= logging.WARNING]
@@ -250,7 +250,7 @@ def test_nothing_that_is_sent_ends_the_process_or_touches_another(
     assert {"full", "name", "query"} <= refused, refused
 
 
-async def run(enough, seed, frames, kept):
+async def attacked(enough, seed, frames, kept):
     limits = Limits(save=0.2, keep=0.05, close=0.5, patience=2.0)
     async with served(ROWS, kept=kept, limits=limits) as server:
         server.service.arrivals = Bucket(1e9, 1e9)

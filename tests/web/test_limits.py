@@ -212,10 +212,10 @@ async def test_who_does_not_read_is_dropped_and_holds_up_nobody():
             first = await good.talk(frames[:2])
             silent = await asyncio.to_thread(Silent, server, "format=pcm&rate=192000")
             stack.callback(silent.close)
-            await until(lambda: server.host.taken == 2)
-            (chat,) = [c for c in server.host._conversations.values() if c.row == 1]
-            visits = [v for v in server.service.guests if v._conversation is chat]
-            transport = visits[0]._request.transport
+            begun = lambda: {v._conversation: v for v in server.service.guests}  # noqa: E731
+            await until(lambda: None not in begun() and len(begun()) == 2)
+            (chat,) = [c for c in begun() if c.row == 1]
+            transport = begun()[chat]._request.transport
             most = 0
             for n in range(200):
                 if chat.over is not None or chat.dropped_said:

@@ -1,6 +1,5 @@
 """The command itself: what it refuses before anything is loaded, and a whole run of it."""
 
-import asyncio
 import io
 import os
 import re
@@ -25,7 +24,7 @@ from moshi_ttt.kept import Kept
 from moshi_ttt.models import open_talker
 from moshi_ttt.serve import address_of, listen, main, parse, tls_of
 from tests.small import small_base
-from tests.web.served import Client, Served, alone, hybrid, noise, talking
+from tests.web.served import Client, Served, alone, hybrid, noise, run, talking
 
 TOKEN = "0123456789-abcdef"
 
@@ -190,7 +189,7 @@ def test_a_whole_run(checkpoint, tmp_path):
     try:
         assert f"talking to checkpoint {checkpoint}, on cpu, 2 conversations" in "".join(lines)
         frames = noise(8)
-        client = asyncio.run(talk_until(url, frames, process.terminate))
+        client = run(talk_until(url, frames, process.terminate))
         assert client.over == "the server stops"
         assert client.last("saved")["seconds"] == pytest.approx(9 * 0.08)
         _, err = process.communicate(timeout=30)
@@ -229,7 +228,7 @@ def test_a_run_with_https_and_a_token_ended_by_ctrl_c(checkpoint, certificate, m
                 assert time.monotonic() < deadline, err.getvalue()
                 time.sleep(0.02)
             trusting = ssl.create_default_context(cafile=cert)
-            asyncio.run(over_https(f"https://127.0.0.1:{found[1]}", trusting))
+            run(over_https(f"https://127.0.0.1:{found[1]}", trusting))
         finally:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 

@@ -1,15 +1,14 @@
 import asyncio
 import contextlib
-import gc
 import re
 import threading
-import warnings
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import soundfile
 
+from tests.web.served import goodbyes
 from tests.web_page.browser import CHROMIUM, Browser
 from tests.web_page.served import served
 
@@ -26,12 +25,10 @@ class Loop:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
 
     def close(self):
+        self.run(goodbyes())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        with warnings.catch_warnings():  # what a closed browser has left open; see tests/web/served
-            warnings.simplefilter("ignore", ResourceWarning)
-            gc.collect()
 
 
 @pytest.fixture(scope="package")

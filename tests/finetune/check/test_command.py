@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,14 +19,6 @@ from moshi_ttt.errors import UserError
 from tests.finetune.check.made import LEFT, RATE, dialogue, manifest, voice, words, write
 
 ROOT = Path(__file__).parents[3]
-
-
-def command(*args, cwd=ROOT, **env):
-    return subprocess.run(
-        [sys.executable, "-m", "finetune.check", *map(str, args)],
-        cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT), **env},
-        capture_output=True, text=True, encoding="utf-8", check=False, timeout=120,
-    )  # fmt: skip
 
 
 def findings(*args):
@@ -291,19 +284,28 @@ def test_a_folder_and_an_empty_manifest(tmp_path):
     assert [f["kind"] for f in json.loads(told.read_text())["findings"]] == ["no recordings"]
 
 
-def test_exit_status(tmp_path):
-    good = write(tmp_path, "é.wav", dialogue())
-    done = command("m.jsonl", cwd=manifest(tmp_path, good).parent, PYTHONIOENCODING="ascii")
+def test_a_process_of_its_own_that_can_say_ascii_only(tmp_path):
+    folder = manifest(tmp_path, write(tmp_path, "é.wav", dialogue())).parent
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune.check", "m.jsonl"],
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+        capture_output=True, text=True, encoding="utf-8", check=False, timeout=120,
+    )  # fmt: skip
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "ready (1 note)"), done.stderr
     assert "\\xe9.wav" in done.stdout
-    done = command(manifest(tmp_path, good, "{"))
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (
-        1,
-        "not ready: 1 problem in 1 file (1 note)",
-    )
-    done = command(tmp_path / "gone.jsonl")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {tmp_path}/gone.jsonl: no such manifest\n"
+
+
+def test_exit_status(tmp_path, monkeypatch, capsys):
+    def command(path):
+        monkeypatch.setattr(sys, "argv", ["check", str(path)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module("finetune.check", run_name="__main__")
+        return end.value.code, *capsys.readouterr()
+
+    status, out, _ = command(manifest(tmp_path, write(tmp_path, "a.wav", dialogue()), "{"))
+    assert (status, out.splitlines()[-1]) == (1, "not ready: 1 problem in 1 file (1 note)")
+    gone = tmp_path / "gone.jsonl"
+    assert command(gone) == (2, "", f"error: {gone}: no such manifest\n")
 
 
 def test_help(capsys):

@@ -34,11 +34,19 @@ def how(kind, recordings, every=10):
     return {"reset_every": every} | ({"history": others} if kind == "lent" else {})
 
 
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+ALL = [(rows, frames) for rows in (2, 3, 64) for frames in (3, 7, 100)]
+
+
+@pytest.mark.parametrize("shapes", [[(2, 7), (3, 3), (64, 100)], slow(ALL)], ids=["some", "all"])
 @pytest.mark.parametrize("memory", [None, *MEMORIES])
-def test_rows_out_of_step_are_forward(memory, recordings):
+def test_rows_out_of_step_are_forward(memory, shapes, recordings):
     lm = make_lm(memory)
     wanted = [forward_nll(lm, codes) for codes in recordings]
-    for rows, frames_per_call in ((2, 7), (3, 3), (64, 100)):
+    for rows, frames_per_call in shapes:
         got = score(lm, recordings, rows=rows, frames_per_call=frames_per_call)
         for mine, theirs in zip(got, wanted, strict=True):
             assert_same(mine.values, theirs)
@@ -50,6 +58,7 @@ def test_rows_out_of_step_are_forward(memory, recordings):
     [
         *((kind, torch.float64, 1e-8) for kind in ("kept", "reset", "lent")),
         ("lent", torch.float32, 1e-5),
+        *(slow(kind, torch.float32, 1e-5) for kind in ("kept", "reset")),
     ],
 )
 def test_rows_out_of_step_are_one_at_a_time(kind, dtype, bound, recordings):
@@ -173,7 +182,12 @@ def poisoned(memory, dtype=torch.float64):
 
 
 @pytest.mark.parametrize(
-    ("rows", "memory"), [(1, "ttt_mlp"), *((3, m) for m in (None, *MEMORIES)), (7, "lact")]
+    ("rows", "memory"),
+    [
+        *((3, memory) for memory in (None, *MEMORIES)),
+        *((1, "ttt_mlp"), (7, "lact")),
+        *(slow(rows, memory) for rows in (1, 2, 7) for memory in (None, *MEMORIES)),
+    ],
 )
 def test_a_nan_stays_in_its_recording(memory, rows):
     """Neither the rows beside it see it, nor the recording that follows in its row."""

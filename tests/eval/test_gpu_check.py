@@ -70,7 +70,9 @@ def test_end_to_end_on_a_gpu(tmp_path):
     assert check_results(tmp_path, SMALL)["cuda graphs"] == "yes"
 
 
-@pytest.mark.parametrize("memory", ["ttt_linear", "lact", "atlas"])
+@pytest.mark.parametrize(
+    "memory", ["lact", *(pytest.param(m, marks=pytest.mark.slow) for m in ("ttt_linear", "atlas"))]
+)
 def test_every_memory_can_be_checked(tmp_path, monkeypatch, memory):
     monkeypatch.setattr(gpu_check, "SMALL", TINY)
     gpu_check.main(["--device", "cpu", "--small", "--memory", memory, "--out", str(tmp_path)])

@@ -100,8 +100,18 @@ def parts(count, ranks):
     return found
 
 
-@pytest.mark.parametrize("projection", ["own", "shared"])
-@pytest.mark.parametrize("family", list(MEMORIES))
+@pytest.mark.parametrize(
+    ("family", "projection"),
+    [
+        *((family, "own") for family in MEMORIES),
+        ("ttt_mlp", "shared"),
+        *(
+            pytest.param(family, "shared", marks=pytest.mark.slow)
+            for family in MEMORIES
+            if family != "ttt_mlp"
+        ),
+    ],
+)
 def test_fast_weights_stay_float32_in_mixed_precision(args, family, projection):
     """bfloat16 forward and frozen weights; masters, W0, gate and states are float32."""
     config = {"memory": family, "projection": projection}

@@ -127,12 +127,13 @@ def test_asked_to_stop_it_saves_and_goes_on(world, whole, tmp_path, signum):
     assert_the_same(run.run_dir, whole)
 
 
-def test_killed_at_ten_moments_it_goes_on(world, whole, tmp_path):
+@pytest.mark.parametrize("many", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_many_moments_it_goes_on(world, whole, tmp_path, many):
     """Random ones, before the first step and in the middle of saves, too."""
     rng = random.Random(0)
     saves, kills = tmp_path / "run" / "checkpoints", 0
     torn = 0
-    while kills < 10:
+    while kills < many:
         run = Started(world, tmp_path / "run", "--resume")
         if kills % 2:
             run.until(lambda: list(saves.glob("*.tmp")))  # a save is going on

@@ -176,7 +176,14 @@ def test_every_family_is_here():
     assert QUICK.keys() == LONG.keys() == MEMORIES.keys()
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ttt_mlp",
+        "atlas",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("ttt_linear", "lact")),
+    ],
+)
 def test_ten_minutes_of_a_constant_sound_wash_nothing_out(name):
     hold(name, QUICK[name])
 

@@ -24,7 +24,6 @@ from moshi_ttt.hybrid import carry_kv, splice
 from moshi_ttt.lanes import named_tensors
 from moshi_ttt.lora import add_lora
 from moshi_ttt.memory import Memory
-from moshi_ttt.unfilled import Unfilled
 
 _SMALL = 10**9
 """Parameters up to which a model may be trained on a CPU."""
@@ -159,7 +158,7 @@ def planned(lm_config: dict[str, Any] | None, args: TrainArgs, width: int) -> tu
     """
     config = dict(loaders._lm_kwargs if lm_config is None else lm_config)
     dtype, kv = torch.bfloat16 if width == 2 else torch.float32, 0
-    with torch.device("meta"), Unfilled():
+    with torch.device("meta"):
         try:
             lm = loaders.get_moshi_lm(None, config, "meta", dtype)
         except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:

@@ -17,7 +17,6 @@ from moshi.models.loaders import CheckpointInfo, get_moshi_lm
 from safetensors import safe_open
 
 from moshi_ttt.errors import UserError
-from moshi_ttt.unfilled import Unfilled
 from moshi_ttt.untrained import (
     MIMI,
     MIMI_CONFIG,
@@ -201,8 +200,7 @@ def load_base(
         if recipe is not None:
             lm = recipe.build(config, device, dtype)
         else:
-            with Unfilled():
-                lm = get_moshi_lm(base.info.moshi_weights, config, device, dtype)
+            lm = get_moshi_lm(base.info.moshi_weights, config, device, dtype)
     except (RuntimeError, TypeError) as error:
         raise UserError(f"base {base.name}: {' '.join(str(error).split())[:300]}") from error
     return lm.eval()

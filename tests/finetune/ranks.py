@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch._dynamo  # by the first step of an optimizer, 2 s in every process
+import torch._dynamo  # by the first step of an optimizer, more than a second in every process
 
 import finetune.train
 from finetune.loss import LossWeights, TeacherForced

@@ -74,7 +74,7 @@ class Page:
             raise AssertionError(f"{expression}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
 
-    async def until(self, expression: str, seconds: float = 10) -> Any:
+    async def until(self, expression: str, seconds: float = 30) -> Any:
         """Wait until an expression is true, and return what it is."""
         deadline = time.monotonic() + seconds
         while not (value := await self.js(expression)):
@@ -186,7 +186,7 @@ class Browser:
         await self._socket.send_str(
             json.dumps(message | ({"sessionId": session} if session else {}))
         )
-        told = await asyncio.wait_for(self._waiting[number], 20)
+        told = await asyncio.wait_for(self._waiting[number], 60)
         assert "error" not in told, f"{method}: {told['error']}"
         return told["result"]
 
@@ -236,7 +236,7 @@ class Browser:
             log.close()
 
 
-async def wait_for(happened: Callable[[], bool], seconds: float = 20) -> None:
+async def wait_for(happened: Callable[[], bool], seconds: float = 60) -> None:
     """Wait until something is so."""
     deadline = time.monotonic() + seconds
     while not happened():

@@ -22,7 +22,7 @@ class Loop:
         self._thread.start()
 
     def run(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(240)
 
     def close(self):
         self.run(goodbyes())

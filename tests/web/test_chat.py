@@ -78,8 +78,7 @@ async def test_pause_and_restart():
 
 @on_loop
 async def test_readings_say_how_it_is_doing():
-    limits = Limits(slow=2.0)  # looks at the clock twice a second
-    async with served(limits=limits) as server, talking(server, readings=1) as client:
+    async with served() as server, talking(server, readings=1) as client:
         await client.read_until(lambda c: c.news)
         hello = client.news[0]
         assert hello == {
@@ -156,7 +155,7 @@ async def test_what_cannot_be_wished_for_is_refused_in_a_sentence(query, sentenc
 
 @on_loop
 async def test_who_is_silent_is_asked_to_leave():
-    limits = Limits(idle=0.3)
+    limits = Limits(idle=2.5)
     async with served(rows=2, limits=limits) as server:
         async with talking(server) as client, talking(server) as paused:
             await client.talk(noise(2))

@@ -109,7 +109,7 @@ async def test_what_is_no_request_is_answered_and_not_logged(caplog):
         "GET / HTTP/1.1\r\nHost: [::1\r\n\r\n",
         f"GET / HTTP/1.1\r\n{local}Origin: \xff\xfe\r\n\r\n",
     ]
-    async with served(rows=1, limits=Limits(patience=0.4)) as server:
+    async with served(rows=1, limits=Limits(patience=1.0)) as server:
         answers = await asyncio.gather(*(raw(server, r) for r in requests))
         for request, (status, _, body) in zip(requests, answers, strict=True):
             assert status in (None, 400, 403, 404, 405), (request[:200], status)
@@ -261,7 +261,7 @@ async def test_names_cannot_leave_the_folder(tmp_path):
 
 @on_loop
 async def test_sockets_that_ask_for_nothing_are_closed():
-    limits = Limits(patience=0.4, sockets=4)
+    limits = Limits(patience=2.0, sockets=4)
     async with served(rows=1, limits=limits) as server:
         host, port = server.url.removeprefix("http://").split(":")
 

@@ -90,6 +90,10 @@ def _train(
     if finished is not None:
         say(here, f"{run_dir} holds this very run, finished:\n{finished}")
         return
+    holds = here.first and goes_on and run_dir.exists()
+    if holds:  # before its checkpoints are looked at: another process makes and removes them
+        until_the_end.enter_context(held(run_dir))
+    here.wait()
     state = _state_to_resume(run_dir, args, resume)
     ranks = "" if here.size == 1 else f", rank 0 of {here.size}"
     say(here, f"1/5  {config} on {device}{ranks}")
@@ -151,7 +155,7 @@ def _train(
         trainer.load(state)
     done = trainer.progress["step"]
     if here.first:
-        _begin(run_dir, args, goes_on, until_the_end)
+        _begin(run_dir, args, goes_on, until_the_end, holds)
     here.wait()
     if state is not None:
         say(here, f"     goes on after step {done} ({state})")
@@ -195,10 +199,14 @@ def _state_to_resume(run_dir: Path, args: TrainArgs, resume: bool | str) -> Path
     return state
 
 
-def _begin(run_dir: Path, args: TrainArgs, goes_on: bool, until_the_end: ExitStack) -> None:
+def _begin(
+    run_dir: Path, args: TrainArgs, goes_on: bool, until_the_end: ExitStack, holds: bool
+) -> None:
     """Take the folder of the run, for as long as it lasts."""
-    if goes_on or not run_dir.exists():
+    if not holds and (goes_on or not run_dir.exists()):
         until_the_end.enter_context(held(run_dir))
+        holds = True
+    if holds:
         begin_run_dir(run_dir, args, resume=goes_on)
         return
     with held(run_dir):

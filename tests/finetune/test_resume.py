@@ -227,6 +227,15 @@ def test_a_folder_is_held_against_a_second_process(world, tmp_path):
         pass
 
 
+def test_a_folder_is_held_before_its_checkpoints_are_looked_at(world, stopped):
+    """Which the other process makes and removes meanwhile."""
+    (newest_state(stopped) / "trainer.json").unlink()
+    with held(stopped), pytest.raises(UserError, match="another process is training"):
+        resume(world, stopped)
+    with pytest.raises(UserError, match="holds no state to go on from"):
+        resume(world, stopped)
+
+
 # -- what may go on, and where ---------------------------------------------------------------------
 
 

@@ -376,7 +376,7 @@ def test_the_newest_wins_and_nobody_waits(kept):
     start = time.monotonic()
     for n in range(2, 500):
         keeper.offer(slow(n))
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < WAIT / 2
     assert began == [1]
     assert keeper.saved_at is None
     gate.set()

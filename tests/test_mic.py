@@ -29,6 +29,7 @@ SENTENCES = (
     "it was a cold night when the train came to a stop",
     "please remember the word cucumber for me",
 )
+LOST = ("microphone: N frames dropped", "gaps, N frames dropped", "lost by the sound card: N")
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,19 @@ def place(part, whole):
     return at, float(match[at])
 
 
+def at_best(talk, *lost):
+    """What a talk gives, told words last, and the numbers in them of what was lost.
+
+    Of up to three talks: a machine that is too busy for real time does lose something.
+    """
+    for _ in range(3):
+        *found, told = talk()
+        numbers = [number(words, told) for words in lost]
+        if not any(numbers):
+            break
+    return *found, told, numbers
+
+
 def one_talk(sound, checkpoint, tmp_path, spoken):
     """What was said and heard, what the loudspeaker played, and what the process told of it."""
     command = ["tests.telling_stream", str(tmp_path), "--mic", "--checkpoint", checkpoint]
@@ -132,16 +146,11 @@ def test_what_is_spoken_is_heard_and_what_moshi_says_is_played(
     sound, checkpoint, tmp_path, seconds
 ):
     spoken, allowed = speech(seconds), 1 + seconds // 30
-    for _ in range(3):  # on a machine that is too busy for real time there are gaps
-        said, heard, played, err = one_talk(sound, checkpoint, tmp_path, spoken)
-        gaps = number("loudspeaker: N gaps", err)
-        if not gaps:
-            break
+    said, heard, played, err, (gaps, *lost) = at_best(
+        lambda: one_talk(sound, checkpoint, tmp_path, spoken), "loudspeaker: N gaps", *LOST
+    )
     assert gaps <= allowed, "the machine is too busy for real time"
-    # nothing was lost
-    assert number("microphone: N frames dropped", err) == 0, err
-    assert number("gaps, N frames dropped", err) == 0, err
-    assert number("lost by the sound card: N", err) == 0, err
+    assert not any(lost), err
     assert len(heard) == len(said) > (seconds + 0.5) * RATE
     # the microphone: every sample that was spoken, in one piece
     at, match = place(spoken, heard)
@@ -169,19 +178,24 @@ def test_what_is_spoken_is_heard_and_what_moshi_says_is_played(
     assert abs(length - (len(said) + steps.sum())) < 0.7 * RATE
 
 
-def test_what_a_stereo_device_of_its_own_rate_hears_it_says(sound, tmp_path):
-    """Microphone, both resamplers and loudspeaker, with a loop in place of the model."""
-    spoken = np.zeros(2 * RATE, np.float32)
-    spoken[RATE // 2 :] = speech(1.5)
+def one_echo(sound, tmp_path, spoken):
+    """What was spoken and what was said as two recordings have it, and what was told of it."""
     with sound.recording() as recorded, sound.recording("room") as room:
         command = ["tests.echo_machine", "3", "44100", "2"]
         with talking(sound, tmp_path, *command) as (process, err):
             until(lambda: "delay" in err() or process.poll() is not None, 60)
             with sound.speaking(spoken):
                 assert process.wait(30) == 0, err()
-    assert number("microphone: N frames dropped", err()) == 0, err()
-    assert number("lost by the sound card: N", err()) == 0, err()
-    words, rooms, saids = spoken[RATE // 2 : RATE], raw(room), raw(recorded)
+    return raw(room), raw(recorded), err()
+
+
+def test_what_a_stereo_device_of_its_own_rate_hears_it_says(sound, tmp_path):
+    """Microphone, both resamplers and loudspeaker, with a loop in place of the model."""
+    spoken = np.zeros(2 * RATE, np.float32)
+    spoken[RATE // 2 :] = speech(1.5)
+    rooms, saids, told, lost = at_best(lambda: one_echo(sound, tmp_path, spoken), *LOST[::2])
+    assert not any(lost), told
+    words = spoken[RATE // 2 : RATE]
     heard, match = place(words, rooms)
     assert match > 0.999
     said, match = place(words, saids)
@@ -190,7 +204,7 @@ def test_what_a_stereo_device_of_its_own_rate_hears_it_says(sound, tmp_path):
     assert level == pytest.approx(1, abs=0.02)
     # both recordings ended at once, give or take what the server and parec hold
     delay_ms = 1000 * ((len(rooms) - heard) - (len(saids) - said)) / RATE
-    assert 100 < delay_ms < number("delay N ms", err()) + 150
+    assert 100 < delay_ms < number("delay N ms", told) + 150
 
 
 def test_a_sound_card_that_vanishes_ends_it_in_order(checkpoint, tmp_path):
@@ -209,7 +223,8 @@ def test_a_sound_card_that_vanishes_ends_it_in_order(checkpoint, tmp_path):
     assert kept.is_file()
 
 
-def test_at_a_terminal_there_is_a_meter_and_a_key_to_mute(sound, checkpoint, tmp_path):
+def terminal_talk(sound, checkpoint):
+    """All that a terminal shows of a talk: muted, unmuted, and then not read for some time."""
     controller, own = pty.openpty()
     before = termios.tcgetattr(own)
     termios.tcsetwinsize(own, (24, 100))
@@ -226,12 +241,12 @@ def test_at_a_terminal_there_is_a_meter_and_a_key_to_mute(sound, checkpoint, tmp
         with sound.speaking(speech(30)):
             until(lambda: seen(b"moshi [") or process.poll() is not None, 60)
             assert seen(b"m mutes the microphone, Ctrl-C ends; use headphones")
-            until(lambda: re.search(rb"you \[#+-+\] +-\d+ dBFS  moshi \[", shown) or seen(b"~"), 5)
+            until(lambda: re.search(rb"you \[#+-+\] +-\d+ dBFS  moshi \[", shown) or seen(b"~"), 20)
             os.write(controller, b"m")
-            until(lambda: seen(b"you muted; m unmutes"), 5)
+            until(lambda: seen(b"you muted; m unmutes"), 20)
             os.write(controller, b"m")
             mark = len(shown)
-            until(lambda: seen(b"you [", mark), 5)
+            until(lambda: seen(b"you [", mark), 20)
             time.sleep(2.5)  # nobody reads the terminal: its buffer of 4 KiB is full in two
             os.write(controller, b"\x03")
             until(lambda: seen(b"ms per frame") and process.poll() is not None, 20)
@@ -239,11 +254,14 @@ def test_at_a_terminal_there_is_a_meter_and_a_key_to_mute(sound, checkpoint, tmp
         process.kill()
     assert process.wait() == 130
     assert termios.tcgetattr(own) == before
-    text = shown.decode()
-    assert number("microphone: N frames dropped", text) == 0, text
-    assert number("gaps, N frames dropped", text) == 0, text
     os.close(controller)
     os.close(own)
+    return shown.decode()
+
+
+def test_at_a_terminal_there_is_a_meter_and_a_key_to_mute(sound, checkpoint):
+    told, dropped = at_best(lambda: (terminal_talk(sound, checkpoint),), *LOST[:2])
+    assert not any(dropped), told
 
 
 def test_a_closed_terminal_ends_it_and_what_was_learned_is_kept(sound, checkpoint, tmp_path):

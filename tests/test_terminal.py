@@ -44,7 +44,7 @@ def test_a_pipe_that_nobody_reads_holds_nothing_up(monkeypatch):
     outlet, line = Outlet(file), "x" * 999 + "\n"
     began = time.perf_counter()
     taken = [outlet.write(line) for _ in range(1000)]
-    assert time.perf_counter() - began < 0.5
+    assert time.perf_counter() - began < 5  # 1000 waits are 50 s
     assert sum(taken) == sum(taken[:65]) == QUEUED // 1000
     assert outlet.lost == 935_000
     outlet.close()

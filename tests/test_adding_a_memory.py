@@ -18,7 +18,7 @@ from finetune.load_args import load_args
 from moshi_ttt.checkpoint import load
 from moshi_ttt.config import FAMILIES, TTTConfig
 from moshi_ttt.states import attach_ttt_states, restore_ttt_states, save_ttt_states, ttt_blocks
-from tests import test_contract
+from tests.contract import test_calls, test_forms, test_gradients
 from tests.finetune.small_run import World, checkpoint, lines, logits
 from tests.small import small_hybrid
 from tests.test_hybrid import codes_for, hidden_in_pieces
@@ -55,7 +55,7 @@ def delta(tmp_path_factory):
 def general():
     """What the contract asks of every memory: each of its tests, with each of its arguments."""
     every = tests.contract.MEMORIES_UNDER_TEST
-    for name, test in vars(test_contract).items():
+    for name, test in (vars(test_forms) | vars(test_gradients) | vars(test_calls)).items():
         marks = [m.args[:2] for m in getattr(test, "pytestmark", ()) if m.name == "parametrize"]
         if not name.startswith("test_") or ("memory", every) not in marks:
             continue
@@ -82,7 +82,7 @@ def test_the_contract_sees_a_broken_equation(delta):
     assert len(delta.breaks) >= 2
     for break_it in delta.breaks:
         with pytest.MonkeyPatch.context() as patch:
-            test_contract.test_the_contract_sees_a_broken_equation(delta, break_it, patch)
+            test_forms.test_the_contract_sees_a_broken_equation(delta, break_it, patch)
 
 
 @pytest.mark.parametrize("placement", ["parallel", "after_attention"])

@@ -166,7 +166,7 @@ def test_gradients_reach_every_slow_weight(family):
         assert p.grad.flatten(1).any(-1).all() if p.dim() > 1 else p.grad.any(), name
 
 
-@every_ttt  # of every op: tests/test_contract.py
+@every_ttt  # of every op: tests/contract
 def test_gradcheck(family):
     memory = make(family, width=4, heads=2, chunk_size=2, conv_width=3)
     x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)

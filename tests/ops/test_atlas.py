@@ -1,7 +1,6 @@
 """Atlas: its fast forms are its definition, for every window, phi, depth, with Muon and without."""
 
 import itertools
-from collections import Counter
 
 import pytest
 import torch
@@ -11,95 +10,22 @@ from hypothesis import strategies as st
 
 from moshi_ttt.ops import atlas
 from moshi_ttt.ops.naive import atlas as naive
-from tests.test_graphable import OnlyOnMeta
-
-B, H, D, F_, R = 2, 2, 4, 7, 3
-GATES = ("alpha", "eta", "theta", "gamma")
-PHIS = ("none", "squares", "products")
-KINDS = list(itertools.product((True, False), PHIS, (False, True)))
-every_kind = pytest.mark.parametrize(("deep", "phi", "muon"), KINDS)
-
-
-def make(deep=True, phi="squares", muon=False, C=4, c=5, seed=0, dtype=torch.float64):
-    gen = torch.Generator().manual_seed(seed)
-
-    def rand(*shape, scale=1.0):
-        return (scale * torch.randn(*shape, generator=gen, dtype=torch.float64)).to(dtype)
-
-    P = {"none": D, "squares": 2 * D, "products": D + R}[phi]
-    return atlas.Params(
-        W1=rand(H, D, F_ if deep else P, scale=0.4),
-        W2=rand(H, F_, P, scale=0.5) if deep else None,
-        coef=None if phi == "none" else 1 + rand(H, 2, scale=0.2),
-        proj=rand(H, R, D * (D + 1) // 2, scale=0.4) if phi == "products" else None,
-        chunk_size=C,
-        window=c,
-        muon=muon,
-    )
-
-
-def make_frames(T, seed=1, B=B, dtype=torch.float64):
-    gen = torch.Generator().manual_seed(seed)
-
-    def rand(*shape):
-        return torch.randn(*shape, generator=gen, dtype=torch.float64)
-
-    q, k = (F.normalize(rand(B, H, T, D), dim=-1) for _ in range(2))
-    alpha, eta, theta, gamma = (torch.rand(B, H, T, generator=gen, dtype=q.dtype) for _ in GATES)
-    frames = {"q": q, "k": k, "v": rand(B, H, T, D)}
-    frames |= {"alpha": 1 - 0.1 * alpha, "eta": 0.1 * eta, "theta": theta, "gamma": 0.3 * gamma}
-    return {n: x.to(dtype) for n, x in frames.items()}
-
-
-def define(p, frames, state=None, lengths=None):
-    W0 = {"W1": p.W1} if p.W2 is None else {"W1": p.W1, "W2": p.W2}
-    settings = {"chunk_size": p.chunk_size, "window": p.window, "muon": p.muon}
-    return naive.atlas(W0, p.coef, p.proj, **frames, **settings, state=state, lengths=lengths)
-
-
-def fast_state(p, state: naive.State, stale=0.0):
-    """The fast state that means what the definition's does."""
-    n = len(state.pos)
-    fields = atlas.init_state(p, n)._asdict()
-    for name in state.W:
-        fields |= {name: state.W[name], f"{name}s": state.start[name], f"S{name[1]}": state.S[name]}
-    rows = {"k": [], "v": [], "gamma": []}
-    for pairs in state.pairs:
-        for i, (field, shape) in enumerate({"k": (H, D), "v": (H, D), "gamma": (H,)}.items()):
-            unused = p.W1.new_full(shape, stale)
-            held = [unused] * (p.window - 1 - len(pairs)) + [pair[i] for pair in pairs]
-            rows[field].append(torch.stack(held, 1) if held else fields[field][0])
-    fields |= {name: torch.stack(x) for name, x in rows.items()}
-    return atlas.State(**fields | {"pos": torch.tensor(state.pos)})
-
-
-def stream(p, state, frames):
-    state = clone(state)
-    T = frames["q"].shape[2]
-    return torch.cat([atlas.step(p, state, **take(frames, t, t + 1)) for t in range(T)], 2), state
-
-
-def take(frames, begin, end):
-    return {n: x[:, :, begin:end] for n, x in frames.items()}
-
-
-def clone(state):
-    return type(state)(*(x.detach().clone() for x in state))
-
-
-def error(a, b):
-    """Absolute up to 1, relative above."""
-    assert a.shape == b.shape
-    assert a.dtype == b.dtype
-    return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item() if b.numel() else 0.0
-
-
-def assert_same(actual, expected, tolerance):
-    for name, x, y in zip(atlas.State._fields, actual, expected, strict=True):
-        assert error(x, y.detach()) <= tolerance, name
-
-
-# The definition, in value and in gradient.
+from tests.ops.atlas_case import (
+    KINDS,
+    B,
+    D,
+    H,
+    assert_same,
+    clone,
+    define,
+    error,
+    every_kind,
+    fast_state,
+    make,
+    make_frames,
+    stream,
+    take,
+)
 
 
 @every_kind
@@ -258,9 +184,6 @@ def test_another_equation_is_another_function(break_it, monkeypatch):
     assert error(atlas.chunk(p, atlas.init_state(p, B), **frames)[0], define(p, frames)[0]) > 1e-3
 
 
-# What it is in the papers.
-
-
 def test_the_smallest_atlas_is_the_delta_rule():
     p, frames = make(deep=False, phi="none", C=1, c=1), make_frames(9)
     frames |= {"theta": torch.zeros(B, H, 9).double(), "alpha": torch.ones(B, H, 9).double()}
@@ -309,135 +232,3 @@ def test_a_window_of_one_without_muon_is_titans(C):
         for i in (0, 1):
             assert error((state.W1, state.W2)[i][b, h], M[i]) <= 1e-13
             assert error(-(state.S1, state.S2)[i][b, h], S[i]) <= 1e-13
-
-
-# What its forms are worth.
-
-
-@every_kind
-def test_the_past_does_not_see_the_future(deep, phi, muon):
-    p, frames = make(deep, phi, muon), make_frames(11)
-    start = atlas.init_state(p, B)
-    for t in (0, 3, 6, 10):
-        changed = {n: x.clone() for n, x in frames.items()}
-        for x in changed.values():
-            x[:, :, t] += 0.1
-        a, b = (atlas.chunk(p, start, **f)[0] for f in (frames, changed))
-        assert torch.equal(a[:, :, :t], b[:, :, :t])
-        assert not torch.equal(a[:, :, t], b[:, :, t])
-
-
-class Kept:
-    """The memory that a call keeps for its backward, and that backward for its own, at its peak."""
-
-    def __init__(self):
-        self.count, self.now, self.peak = Counter(), 0, 0
-
-    def pack(self, x):
-        kept, storage = self, x.untyped_storage()
-        key, size = storage.data_ptr(), storage.nbytes()
-
-        class Saved:
-            def __init__(self):
-                self.x = x
-                kept.count[key] += 1
-                kept.now += size * (kept.count[key] == 1)
-                kept.peak = max(kept.peak, kept.now)
-
-            def __del__(self):
-                kept.count[key] -= 1
-                kept.now -= size * (kept.count[key] == 0)
-
-        return Saved()
-
-
-@pytest.mark.parametrize("muon", [False, True])
-def test_a_long_call_keeps_the_root_of_its_states(muon):
-    p, wide = make(muon=muon, C=1, c=1), 32
-    W1, W2 = torch.randn(H, wide, wide), 0.1 * torch.randn(H, wide, 2 * wide)
-    p = p._replace(W1=W1.requires_grad_(), W2=W2, coef=torch.ones(H, 2))
-    state = 2 * B * H * wide * 3 * wide * 4  # M and S
-
-    def states(T):
-        kept, frames = Kept(), make_frames(T, dtype=torch.float32)
-        frames |= {n: torch.randn(B, H, T, wide) for n in "qkv"}
-        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda saved: saved.x):
-            atlas.chunk(p, atlas.init_state(p, B), **frames)[0].sum().backward()
-        return kept.peak / state
-
-    few, many = states(16), states(256)
-    assert many < 5 * few
-    assert many < 3 * 16
-
-
-@pytest.mark.parametrize("muon", [False, True])
-def test_float32_streamed_is_float32_chunked(muon):
-    p, frames = make(muon=muon, dtype=torch.float32), make_frames(41, dtype=torch.float32)
-    start = atlas.init_state(p, B)
-    chunked, streamed = atlas.chunk(p, start, **frames)[0], stream(p, start, frames)[0]
-    exact = define(make(muon=muon), make_frames(41))[0]
-    assert (chunked - streamed).abs().max() <= 1e-5
-    assert (chunked - exact).abs().max() <= 1e-5
-
-
-@pytest.mark.parametrize("muon", [False, True])
-def test_lower_precision_is_raised_and_float32_is_kept(muon):
-    p, frames = make(muon=muon, dtype=torch.bfloat16), make_frames(6, dtype=torch.bfloat16)
-    start = atlas.init_state(p, B)
-    o, state = atlas.chunk(p, start, **frames)
-    streamed = stream(p, start, frames)[0]
-    assert {x.dtype for x in (o, streamed, *state[:-1])} == {torch.float32}
-    assert (o - streamed).abs().max() <= 1e-5
-
-
-@every_kind
-def test_nothing_to_learn_leaves_the_start_and_its_gradients_finite(deep, phi, muon):
-    p, frames = make(deep, phi, muon), make_frames(9)
-    frames["gamma"] = torch.zeros_like(frames["gamma"]).requires_grad_()
-    frames["alpha"] = torch.ones_like(frames["alpha"])
-    start = atlas.init_state(p._replace(W1=p.W1.requires_grad_()), B)
-    o, state = atlas.chunk(p, start, **frames)
-    assert torch.equal(state.W1, start.W1)
-    assert all(x.isfinite().all() for x in torch.autograd.grad(o.sum(), [p.W1, frames["gamma"]]))
-    stepped = stream(p, start, frames)[1]
-    assert torch.equal(stepped.W1, start.W1)
-
-
-def test_a_state_has_its_own_memory_and_a_step_writes_in_it():
-    for deep in (True, False):
-        p, frames = make(deep), make_frames(3)
-        for state in (
-            atlas.init_state(p, B),
-            atlas.chunk(p, atlas.init_state(p, B), **frames)[1],
-            atlas.chunk(p, atlas.init_state(p, B), **take(frames, 0, 0))[1],
-            atlas.chunk(p, atlas.init_state(p, B), **frames, lengths=torch.tensor([3, 0]))[1],
-        ):
-            places = [x.untyped_storage().data_ptr() for x in state if x.numel()]
-            assert len(set(places)) == len(places)
-            assert all(x.is_contiguous() for x in state)
-            atlas.step(p, state, **take(frames, 0, 1))
-            assert places == [x.untyped_storage().data_ptr() for x in state if x.numel()]
-
-
-@every_kind
-def test_inner_loss_is_that_of_the_definition(deep, phi, muon):
-    p, frames = make(deep, phi, muon), make_frames(4)
-    state = atlas.chunk(p, atlas.init_state(p, B), **frames)[1]
-    loss = atlas.inner_loss(p, state, frames["k"], frames["v"])
-    assert loss.shape == (B, H, 4)
-    for b, t in itertools.product(range(B), range(4)):
-        W = {n: getattr(state, n)[b] for n in ("W1", "W2") if getattr(p, n) is not None}
-        k, v = (frames[n][b, :, t] for n in "kv")
-        assert error(loss[b, :, t], naive.inner_loss(W, p.coef, p.proj, k, v)) <= 1e-13
-
-
-@every_kind
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_step_reads_nothing_on_the_host(deep, phi, muon, masked):
-    p = make(deep, phi, muon)
-    p = p._replace(**{n: x.to("meta") for n, x in p._asdict().items() if torch.is_tensor(x)})
-    frames = {n: x.to("meta") for n, x in make_frames(1).items()}
-    with OnlyOnMeta():
-        state = atlas.init_state(p, B)
-        mask = torch.ones(B, dtype=torch.bool, device="meta") if masked else None
-        atlas.step(p, state, **frames, exec_mask=mask)

@@ -1,0 +1,8 @@
+import pytest
+
+from moshi_ttt.kept import Kept
+
+
+@pytest.fixture
+def kept(tmp_path):
+    return Kept(tmp_path / "new" / "kept")

@@ -19,6 +19,7 @@ class FrameRing:
 
     Attributes:
         dropped: frames lost so.
+        total: frames that ever came.
         size: samples of a frame.
         held: frames in it.
     """
@@ -26,7 +27,7 @@ class FrameRing:
     def __init__(self, slots: int, size: int = FRAME) -> None:
         self._frames, self._came = np.zeros((slots, size), np.float32), np.zeros(slots)
         self.size = size
-        self._first = self.held = self.dropped = 0
+        self._first = self.held = self.dropped = self.total = 0
         self._changed = threading.Condition()
 
     def put(self, frame: Samples) -> None:
@@ -40,6 +41,7 @@ class FrameRing:
             last = (self._first + self.held) % slots
             self._frames[last], self._came[last] = frame, time.monotonic()
             self.held += 1
+            self.total += 1
             self._changed.notify()
 
     def get(self, out: Samples, timeout: float = 0.0) -> bool:

@@ -46,14 +46,13 @@ class Conversation:
 
     Attributes:
         row: of the engine.
-        frames: frames heard.
         over: why it has ended, in words; None while it goes on.
         reading: the newest of its memories (`moshi_ttt.monitor`); None before the first.
         diverged: how often a memory was no longer finite and started over from W0.
     """
 
     def __init__(self, host: Host, row: int, notify: Callable[[], object]) -> None:
-        self.row, self.frames, self.diverged = row, 0, 0
+        self.row, self.diverged = row, 0
         self.over: str | None = None
         self.reading: Reading | None = None
         self._host, self._notify, self._paused = host, notify, False
@@ -61,6 +60,11 @@ class Conversation:
         self._text: deque[str] = deque(maxlen=TEXT_PIECES)
         self._last = 0.0  # when its last frame came
         self._starts = 0  # asked for and not done yet; until then no frame is heard
+
+    @property
+    def frames(self) -> int:
+        """Frames heard and answered."""
+        return self._said.total
 
     @property
     def dropped_heard(self) -> int:
@@ -144,7 +148,6 @@ class Conversation:
         if frame.text[self.row]:  # before its sound, which is what a client waits for
             self._text.append(frame.text[self.row])
         self._said.put(frame.pcm[self.row].numpy())
-        self.frames += 1
         self._notify()
 
 

@@ -85,7 +85,7 @@ def test_a_conversation_is_what_the_engine_says(host):
 
 def test_others_come_and_go_and_are_not_noticed(host):
     """Two others talk, pause, restart and leave at random in threads of their own."""
-    frames, stop, seen = noise(40), threading.Event(), []
+    frames, stop, seen = noise(80), threading.Event(), []
 
     def visitor(seed):
         rng = np.random.default_rng(seed)

@@ -50,7 +50,7 @@ def test_end_to_end(tmp_path, capsys):
             for p50, p95, p99 in times.values():
                 assert 0 < p50 <= p95 <= p99
             assert times["LM"][0] < times["frame"][0]
-            assert times["temporal"][0] + times["depformer"][0] < 1.2 * times["LM"][0]
+            assert times["temporal"][0] + times["depformer"][0] < 1.5 * times["LM"][0]
         assert 1 < row["ratio"]["temporal"][1] < 20
     assert set(found["fit"]) == {STOCK, MEMORY}
     text = (tmp_path / "frame.md").read_text()
@@ -70,8 +70,8 @@ def test_a_shape_of_random_weights(monkeypatch):
     assert not isinstance(stock, HybridLMModel)
     own = {id(p) for p in stock.parameters()}
     assert own < {id(p) for p in memory.parameters()}  # 15 GB are held once
-    row = as_row(1, in_turn(models, 1, 15), STOCK, MEMORY, "cpu")
-    assert row["ratio"]["LM"][1] > 1
+    row = as_row(1, in_turn(models, 1, 2 * TURN), STOCK, MEMORY, "cpu")
+    assert row["ratio"]["temporal"][1] > 1
 
 
 def test_a_checkpoint_is_its_own_stock(tmp_path, monkeypatch):

@@ -149,17 +149,19 @@ def frame(payload, *, opcode=2, fin=True, rsv=0, masked=True, length=None):
 
 async def attack(fuzzer, port, enough):
     """One connection after another."""
+    reading = []  # a stream's reader is nobody's but its task's, which is nobody's but ours
     while not enough():
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:
-            await one_connection(fuzzer, reader, writer)
+            await one_connection(fuzzer, reader, writer, reading)
         except (ConnectionError, asyncio.IncompleteReadError):
             pass  # it was shown the door
         finally:
             await leave(fuzzer, writer)
+    await asyncio.gather(*reading)
 
 
-async def one_connection(fuzzer, reader, writer):
+async def one_connection(fuzzer, reader, writer, reading):
     handshake = fuzzer.handshake()
     stage = fuzzer.rng.random()
     if stage < 0.03:
@@ -179,6 +181,7 @@ async def one_connection(fuzzer, reader, writer):
         return  # before the row
     await reader.readexactly(3)  # the handshake, or that it is full
     gone = asyncio.ensure_future(swallow(reader))
+    reading.append(gone)
     for n in range(int(fuzzer.rng.integers(1, 100))):
         if gone.done() or writer.transport.is_closing():
             return
